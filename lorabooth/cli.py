@@ -1,0 +1,159 @@
+"""The command `lorabooth`: a table of subcommands, and what a user sees when one of them fails.
+
+Importing this module is cheap, and so is `lorabooth --help`: a subcommand's module is imported only when that subcommand is chosen.
+This module knows the rooms by name only. It does no work of its own.
+"""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import click
+from click.shell_completion import CompletionItem
+
+from lorabooth import __version__
+from lorabooth.errors import UserError
+
+# name -> (module:attribute of a click command, its line in `lorabooth --help`)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train.command:train", "Photos and a trigger word in, a LoRA out."),
+    "generate": ("infer.command:generate", "A prompt and LoRAs in, pictures out."),
+    "demo": ("lorabooth.demo:demo", "The whole way on the mini model: no GPU, no account, minutes."),
+    "doctor": ("lorabooth.doctor:doctor", "What this machine has, what is missing and how to get it."),
+    "completion": ("lorabooth.completion:completion", "Print the script that completes commands in bash, zsh or fish."),
+}
+
+# Read by the libraries when they are imported: their progress bars and notices would hide ours, and a tool on one's own machine reports to nobody.
+QUIET_LIBRARIES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+# Failures of the machine, not of the program: what happened, and how to go on.
+MACHINE_FAILURES = {
+    errno.ENOSPC: ("the disk is full", "free some space, then run the same command again to go on"),
+    errno.EDQUOT: ("your disk quota is used up", "free some space, then run the same command again to go on"),
+    errno.EACCES: ("permission denied", "choose a place that you may read and write"),
+    errno.EROFS: ("the disk is read-only", "choose a place that you may write to"),
+}
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are known by name and help line, and imported when chosen."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of the table, which is the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return the subcommand, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, attribute = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module_name), attribute)
+        assert isinstance(command, click.Command), f"{module_name}:{attribute} is not a click command"
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but a misspelt name is compared with the table."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            raise click.exceptions.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete names from the table: a Tab key must not wait for an import."""
+        names = [CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Train a FLUX LoRA of a person on your own GPU, and make portraits with it.
+
+    \b
+    Example, without a GPU:
+      lorabooth demo
+    Example, with a CUDA GPU:
+      lorabooth train photos.zip --trigger TOK
+      lorabooth generate "a portrait of TOK as a chef" --lora runs/TOK
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; without `arguments`, those of the process."""
+    return guarded(_run_group, sys.argv[1:] if arguments is None else list(arguments))
+
+
+def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """Do `work(arguments)` and return the exit code: 0 done, 2 a problem the user can solve, 130 interrupted.
+
+    Anything else that goes wrong is a fault of the program and keeps its traceback. For all entry points, `python -m train` too.
+    """
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = work(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return code or 0
+    except UserError as error:
+        return _fail(f"lorabooth: {error.message}", error.hint)
+    except click.UsageError as error:
+        return _fail_usage(error)
+    except click.ClickException as error:
+        return _fail(f"lorabooth: {error.format_message()}")
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; run the same command again to go on", code=EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        return _reader_gone()
+    except OSError as error:
+        if error.errno not in MACHINE_FAILURES:
+            raise
+        what, hint = MACHINE_FAILURES[error.errno]
+        return _fail(f"lorabooth: {what}" + (f": {error.filename}" if error.filename else ""), hint)
+
+
+def _run_group(arguments: list[str]) -> int | None:
+    # A command has nothing to return: what comes back is the code of `ctx.exit(code)`, or None.
+    code: int | None = cli.main(args=arguments, prog_name="lorabooth", standalone_mode=False)
+    return code
+
+
+def _fail(message: str, hint: str = "", code: int = EXIT_USER_ERROR) -> int:
+    """Say what happened on standard error and return the exit code; LORABOOTH_TRACEBACK=1 adds where."""
+    if os.environ.get("LORABOOTH_TRACEBACK") == "1":
+        traceback.print_exc()
+    click.echo(message, err=True)
+    if hint:
+        click.echo(f"  {hint}", err=True)
+    return code
+
+
+def _fail_usage(error: click.UsageError) -> int:
+    """A wrong option or argument: one sentence, and where the right ones are listed."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):  # just `lorabooth`: the message is the help itself
+        error.show()
+        return EXIT_USER_ERROR
+    command = error.ctx.command_path if error.ctx else "lorabooth"
+    sentence = " ".join(error.format_message().split())  # click lists choices on lines of their own
+    return _fail(f"{command}: {sentence}", f"{command} --help lists what it takes")
+
+
+def _reader_gone() -> int:
+    """`lorabooth ... | head` closed our output: not a failure, and Python must not complain at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1  # click's own code when it meets the closed pipe first

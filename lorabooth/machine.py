@@ -1,0 +1,168 @@
+"""Facts about this machine: processor, memory, GPUs, disk, libraries. It judges nothing, prints nothing and never uses the network.
+
+`lorabooth doctor` turns the facts into advice; the benchmarks write them beside their figures.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+
+NVIDIA_SMI_SECONDS = 20
+"""A driver that hangs makes nvidia-smi hang too; a healthy one answers in one or two seconds."""
+
+CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container's memory limit is found (cgroup v2, then v1); the machine's own figure ignores it."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as torch sees it."""
+
+    name: str
+    compute_capability: str
+    total_bytes: int
+    free_bytes: int
+    bf16: bool
+    fp8: bool
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The installed torch: `cuda` is the CUDA version it was built for, None in a CPU build; `error` says why it cannot be imported,
+    `warning` why it cannot use a GPU.
+    """
+
+    version: str | None
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    error: str = ""
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What nvidia-smi says: the driver's version and the names of the GPUs it drives, whether torch can use them or not."""
+
+    version: str | None
+    gpu_names: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All the facts that need no argument."""
+
+    python: str
+    platform: str
+    cpu_cores: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    driver: Driver
+    torch: Torch
+    libraries: dict[str, str | None]
+
+
+def look_around() -> Machine:
+    """Collect the facts. It imports torch, which takes a second or two."""
+    total_bytes, available_bytes = memory_bytes()
+    return Machine(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu_cores=cpu_cores(),
+        memory_total_bytes=total_bytes,
+        memory_available_bytes=available_bytes,
+        driver=nvidia_driver(),
+        torch=torch_build(),
+        libraries={requirement.name: installed_version(requirement.name) for requirement in requirements()},
+    )
+
+
+def cpu_cores() -> int:
+    """The cores this process may use: fewer than the machine has in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Total and available memory, no more than a container's limit allows."""
+    memory = psutil.virtual_memory()
+    limits = [int(text) for path in CGROUP_MEMORY_LIMITS if path.exists() and (text := path.read_text().strip()).isdigit()]
+    return min([memory.total, *limits]), min([memory.available, *limits])
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or would be: it need not exist yet."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def nvidia_driver() -> Driver:
+    """Ask nvidia-smi, which knows of GPUs that torch cannot use."""
+    if shutil.which("nvidia-smi") is None:
+        return Driver(version=None)
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Driver(version=None, error=f"nvidia-smi did not answer in {NVIDIA_SMI_SECONDS} s")
+    rows = [line.split(", ", 1) for line in answer.stdout.splitlines() if ", " in line]
+    if answer.returncode != 0 or not rows:
+        return Driver(version=None, error=" ".join((answer.stdout + answer.stderr).split()))
+    return Driver(version=rows[0][0], gpu_names=tuple(name for _, name in rows))
+
+
+def torch_build() -> Torch:
+    """Import torch and ask it for its build and the GPUs it can use."""
+    version = installed_version("torch")
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing or of another build
+        return Torch(version=version, error=f"{type(error).__name__}: {error}")
+    with warnings.catch_warnings(record=True) as caught:  # torch tells an old driver by a warning
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    gpus = tuple(_gpu(number) for number in range(torch.cuda.device_count())) if usable else ()
+    return Torch(version=str(torch.__version__), cuda=torch.version.cuda, gpus=gpus, warning=" ".join(str(warning.message) for warning in caught))
+
+
+def _gpu(number: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(number)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(number)
+    capability = (properties.major, properties.minor)
+    # In hardware: bf16 since Ampere (8.0), fp8 since Ada (8.9).
+    return Gpu(
+        properties.name, f"{properties.major}.{properties.minor}", total_bytes, free_bytes, bf16=capability >= (8, 0), fp8=capability >= (8, 9)
+    )
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """What pyproject.toml asks for on this platform: the dependencies, or those of one extra only."""
+    declared = [Requirement(line) for line in importlib.metadata.requires("lorabooth") or []]
+    return [requirement for requirement in declared if _in_extra(requirement, extra)]
+
+
+def _in_extra(requirement: Requirement, extra: str) -> bool:
+    if requirement.marker is None:
+        return extra == ""
+    always = requirement.marker.evaluate({"extra": ""})
+    return requirement.marker.evaluate({"extra": extra}) and (extra == "" or not always)
+
+
+def installed_version(library: str) -> str | None:
+    """The version of an installed library, without importing it."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

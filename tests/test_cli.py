@@ -1,0 +1,197 @@
+"""The command line's promises: quick, helpful, and never a traceback for a problem the user can solve."""
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from lorabooth import cli
+from lorabooth.errors import UserError
+
+HEAVY = ("torch", "diffusers", "transformers", "pydantic", "huggingface_hub")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorabooth", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False)
+
+
+def modules_after(arguments: list[str], **environment: str) -> set[str]:
+    """Which heavy modules are loaded once the command line has run in a process of its own."""
+    program = f"""
+import contextlib, io, json, sys
+from lorabooth.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main({arguments!r})
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | environment, check=True, timeout=120)
+    return set(json.loads(done.stdout))
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Puts a command `fail` into the table that raises what it is given."""
+
+    def put(error: BaseException) -> None:
+        @click.command()
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules[__name__], "fail", fail, raising=False)
+        monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:fail", "Fails."))
+
+    return put
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    assert modules_after(["--help"]) == set()
+    done = run("--help")
+    assert done.returncode == 0
+    for name, (_, line) in cli.COMMANDS.items():
+        assert name in done.stdout and line in done.stdout
+
+
+def test_completing_command_names_imports_nothing_heavy():
+    # Not `sys.modules`: click ends the process after it has answered the shell.
+    program = f"""
+import atexit, sys
+from lorabooth.cli import main
+atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules]))
+main([])
+"""
+    environment = os.environ | {"_LORABOOTH_COMPLETE": "bash_complete", "COMP_WORDS": "lorabooth do", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True, timeout=120)
+    assert done.stdout.split() == ["plain,doctor", "[]"]
+
+
+def test_version():
+    assert run("--version").stdout.startswith("lorabooth 0.")
+
+
+def test_no_command_shows_the_help():
+    done = run()
+    assert done.returncode == 2
+    assert "Commands:" in done.stderr
+
+
+def test_misspelt_command_names_the_nearest():
+    done = run("doctr")
+    assert done.returncode == 2
+    assert "doctor" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_misspelt_option_names_the_nearest():
+    done = run("doctor", "--jsno")
+    assert done.returncode == 2
+    assert "--json" in done.stderr and "lorabooth doctor --help" in done.stderr
+
+
+def test_missing_argument_is_one_sentence_and_one_hint():
+    done = run("completion")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_user_error_is_a_message_and_a_hint(failing, capsys):
+    failing(UserError("there are no photos in it.zip", hint="put at least one JPEG in"))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "lorabooth: there are no photos in it.zip\n  put at least one JPEG in\n"
+
+
+def test_developers_can_ask_for_the_traceback(failing, capsys, monkeypatch):
+    monkeypatch.setenv("LORABOOTH_TRACEBACK", "1")
+    failing(UserError("no photos"))
+    assert cli.main(["fail"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "the disk is full: /somewhere/file"), (errno.EDQUOT, "quota"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")],
+)
+def test_failures_of_the_machine_are_explained(failing, capsys, code, words):
+    failing(OSError(code, os.strerror(code), "/somewhere/file"))
+    assert cli.main(["fail"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EBADF, "bad file descriptor"), ValueError("a fault of ours")])
+def test_faults_of_the_program_keep_their_traceback(failing, fault):
+    failing(fault)
+    with pytest.raises(type(fault)):
+        cli.main(["fail"])
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), click.Abort()])
+def test_interruption_says_how_to_go_on(failing, capsys, interruption):
+    failing(interruption)
+    assert cli.main(["fail"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_real_ctrl_c_ends_the_process_with_130(tmp_path: Path):
+    (tmp_path / "sleeper.py").write_text("import time, click\n@click.command()\ndef sleep():\n    print('asleep', flush=True)\n    time.sleep(60)\n")
+    program = "import sys; from lorabooth import cli; cli.COMMANDS['sleep'] = ('sleeper:sleep', 'Sleeps.'); sys.exit(cli.main(['sleep']))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asleep\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said
+
+
+def test_a_closed_pipe_is_no_traceback():
+    process = subprocess.Popen([sys.executable, "-m", "lorabooth", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.wait(timeout=60)
+    assert said == ""
+
+
+def test_other_entry_points_are_guarded_too(capsys):
+    def work(arguments: list[str]) -> None:
+        raise UserError(f"no stage {arguments[0]}")
+
+    assert cli.guarded(work, ["dance"]) == 2
+    assert capsys.readouterr().err == "lorabooth: no stage dance\n"
+
+
+def test_exit_codes_of_commands_reach_the_shell(monkeypatch):
+    @click.command()
+    @click.pass_context
+    def three(ctx: click.Context) -> None:
+        ctx.exit(3)
+
+    monkeypatch.setattr(sys.modules[__name__], "three", three, raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "three", (f"{__name__}:three", "Three."))
+    assert cli.main(["three"]) == 3
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_and_how_to_keep_it(shell):
+    done = run("completion", shell)
+    assert done.returncode == 0
+    assert "_LORABOOTH_COMPLETE" in done.stdout
+    assert f"lorabooth completion {shell} >" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(name):
+    module = cli.COMMANDS[name][0].split(":")[0]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not written yet")
+    done = run(name, "--help")
+    assert done.returncode == 0
+    assert "Example" in done.stdout and f"lorabooth {name}" in done.stdout
