@@ -171,8 +171,7 @@ def report_lines(findings: dict[str, Any]) -> list[str]:
         f"lorabooth {findings['lorabooth']}, Python {findings['python']}, {findings['platform']}",
         f"torch     {torch['version'] or 'missing'} ({'CUDA ' + torch['cuda'] if torch['cuda'] else 'CPU build'})",
         *[_gpu_line(gpu, driver["version"]) for gpu in torch["gpus"]],
-        f"CPU       {findings['cpu_cores']} cores; memory {_gib(findings['memory_available_bytes'])} available"
-        f" of {_gib(findings['memory_total_bytes'])}",
+        f"CPU       {findings['cpu_cores']} cores; memory {_gib(findings['memory_available_bytes'])} available of {_gib(findings['memory_total_bytes'])}",
         *[f"disk      {_gib(place['free_bytes'])} free in the {name}, {place['path']}" for name, place in findings["disk"].items()],
         f"hub       {'token from ' + findings['hub_login'] if findings['hub_login'] else 'not logged in'}",
         *[f"model     {name}: {state}" for name, state in findings["models"].items()],
@@ -193,9 +192,7 @@ def _gpu_line(gpu: dict[str, Any], driver: str | None) -> str:
 
 
 def _optional_line(name: str, optional: dict[str, str | None]) -> str:
-    return f"optional  {name} {optional['version'] or 'missing'}: {optional['for']}" + (
-        "" if optional["version"] else f"\n    -> {optional['install']}"
-    )
+    return f"optional  {name} {optional['version'] or 'missing'}: {optional['for']}" + ("" if optional["version"] else f"\n    -> {optional['install']}")
 
 
 def _optional(extra: str) -> list[tuple[Requirement, dict[str, str | None]]]:

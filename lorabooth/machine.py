@@ -142,9 +142,7 @@ def _gpu(number: int) -> Gpu:
     free_bytes, total_bytes = torch.cuda.mem_get_info(number)
     capability = (properties.major, properties.minor)
     # In hardware: bf16 since Ampere (8.0), fp8 since Ada (8.9).
-    return Gpu(
-        properties.name, f"{properties.major}.{properties.minor}", total_bytes, free_bytes, bf16=capability >= (8, 0), fp8=capability >= (8, 9)
-    )
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", total_bytes, free_bytes, bf16=capability >= (8, 0), fp8=capability >= (8, 9))
 
 
 def requirements(extra: str = "") -> list[Requirement]:

@@ -22,9 +22,7 @@ COMMANDS = (("--help",), ("doctor", "--json"))
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/startup.json"), show_default=True, help="Where the figures go."
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/startup.json"), show_default=True, help="Where the figures go.")
 @click.option("--runs", default=10, show_default=True, type=click.IntRange(min=1), help="Timed runs of each command, after one that is not timed.")
 def bench(out: Path, runs: int) -> None:
     """Measure the wall time of quick commands and write it as JSON.

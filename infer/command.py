@@ -1,0 +1,102 @@
+"""`lorabooth generate`: a prompt and LoRAs in, pictures out."""
+
+import json
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from infer import loras as lora_store
+from infer import picture
+from infer.engine import Engine
+from infer.loras import LoraChoice
+from infer.request import ASPECT_RATIOS, FORMATS, Request, any_seed, size_for
+from lorabooth.errors import UserError
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--lora",
+    "references",
+    multiple=True,
+    metavar="RUN|FILE|HUB-ID[:WEIGHT]",
+    help="LoRA to apply, with a weight from -2 to 3 [default: 1]; may be given several times.",
+)
+@click.option("--model", help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")
+@click.option("-n", "--num-outputs", type=int, default=1, show_default=True, help="Pictures to make; picture i has seed + i.")
+@click.option("--seed", type=int, help="Start of the noise; the same seed gives the same picture. [default: random, printed]")
+@click.option("--aspect-ratio", default="1:1", show_default=True, help=f"One of {', '.join(ASPECT_RATIOS)}.")
+@click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio.")
+@click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio.")
+@click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50.")
+@click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10.")
+@click.option("--format", "output_format", type=click.Choice(FORMATS), default="webp", show_default=True, help="File format.")
+@click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
+def generate(
+    prompt: str, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None, height: int | None,
+    num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Make pictures from PROMPT, with the trigger word of a LoRA in it.
+
+    Writes out-0.webp, out-1.webp ... and, for more than one, contact-sheet.png. Each file carries its parameters.
+
+    \b
+    Example:
+      lorabooth generate "a portrait of TOK in a chef's suit, smiling" --lora runs/TOK-photos -n 4 --seed 7
+    Example, two LoRAs with weights, wide:
+      lorabooth generate "TOK and a fox" --lora runs/TOK-photos:0.9 --lora owner/foxes:0.6 --aspect-ratio 16:9
+    """
+    choices = tuple(lora_store.resolve(reference) for reference in references)
+    engine = Engine(model or base_of(choices))
+    if width is None or height is None:
+        sized = size_for(aspect_ratio, engine.family.native_px)
+        width, height = width or sized[0], height or sized[1]
+    chosen = any_seed() if seed is None else seed
+    request = Request(prompt, width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
+    _notices(engine, request, choices, seed is None)
+    files = write_pictures(engine, request, choices, out, output_format, output_quality)
+    click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files))
+
+
+def write_pictures(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80) -> list[dict[str, str | int]]:
+    """Generate and write out-0, out-1 ... and a contact sheet; the files and their seeds."""
+    files: list[dict[str, str | int]] = []
+    shown = []
+    with tqdm(total=request.num_outputs * request.num_inference_steps, desc="generate", unit="step") as bar:
+
+        def advance(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        for i, output in enumerate(engine.generate(request, choices, advance)):
+            file = out / f"out-{i}.{form}"
+            picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
+            files.append({"file": str(file), "seed": output.seed})
+            shown.append((output.image, f"seed {output.seed}"))
+    if len(shown) > 1:
+        sheet = out / "contact-sheet.png"
+        picture.write(sheet, picture.contact_sheet(shown), picture.Making(request, request.seed, engine.family.model, choices))
+        files.append({"file": str(sheet), "seed": request.seed})
+    return files
+
+
+def base_of(choices: tuple[LoraChoice, ...]) -> str:
+    """The base model the LoRAs name; FLUX.1-dev where they name none."""
+    named = {choice.file.metadata["lorabooth.base"] for choice in choices if choice.file.metadata.get("lorabooth.base")}
+    if len(named) > 1:
+        raise UserError(f"these LoRAs are of different base models: {', '.join(sorted(named))}", hint="use LoRAs of one base model")
+    return named.pop() if named else "black-forest-labs/FLUX.1-dev"
+
+
+def _notices(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], drawn_seed: bool) -> None:
+    if drawn_seed:
+        click.echo(f"Using seed: {request.seed}", err=True)
+    cut = engine.family.cut(request.prompt)
+    if cut:
+        click.echo(f"note: the prompt is too long for this model; it will not see: {cut}", err=True)
+    for choice in choices:
+        trigger = choice.file.trigger_word
+        if trigger and trigger not in request.prompt:
+            click.echo(f"note: the prompt lacks {trigger!r}, the trigger word of {choice.file.name}; the person will not appear without it", err=True)

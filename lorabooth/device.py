@@ -1,0 +1,24 @@
+"""Which device and precision this process computes with."""
+
+import torch
+
+from lorabooth.errors import UserError
+
+
+def compute_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def base_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on CUDA; fp32 on the CPU, where bf16 is slow on most machines and fp32 makes runs repeatable to the bit."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def check_memory(needed_bytes: int, what: str, hint: str) -> None:
+    """A UserError at once where the free GPU memory cannot hold `needed_bytes`, instead of a failure minutes later."""
+    if not torch.cuda.is_available():
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed_bytes:
+        raise UserError(f"{what} needs {needed_bytes / 1e9:.0f} GB of GPU memory and {free / 1e9:.0f} GB are free", hint=hint)

@@ -1,0 +1,242 @@
+"""FLUX.1: dev, Krea-dev, schnell, and the mini model. All that is particular to this family stands here.
+
+Each component loads alone, by a class named here and never by what a repository asks for, so that no code of a
+model repository can run and no two heavy components need to be resident together.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from transformers.utils import logging as transformers_logging
+
+from lorabooth import flow, hub, mini
+from lorabooth.errors import UserError
+
+transformers_logging.disable_progress_bar()  # a bar for the tensors of each encoder would hide ours
+
+BUCKET_MULTIPLE_PX = 16
+VAE_SCALE = 8
+GUIDANCE_IN_TRAINING = 1.0
+"""FLUX.1-dev is guidance-distilled; at 1.0 the embedding asks for the data's own velocity, which is what photos are."""
+
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+NORMS = r"norm(1|1_context)?\.linear"
+BLOCK = r"(single_)?transformer_blocks\.\d+\."
+TARGETS = {
+    "attention": rf"{BLOCK}({ATTENTION})",
+    "attention+ff": rf"{BLOCK}({ATTENTION}|{FEED_FORWARD})",
+    "all-linear": rf"{BLOCK}({ATTENTION}|{FEED_FORWARD}|{NORMS})",
+}
+"""Regular expressions (full match) over module names of the transformer."""
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What a base asks of those who use it."""
+
+    name: str
+    url: str
+    commercial: bool
+    duties: tuple[str, ...] = ()
+
+
+LICENCES = {
+    "dev": Licence(
+        "FLUX.1 [dev] Non-Commercial License v1.1.1",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+        commercial=False,
+        duties=(
+            "filter or review pictures before you distribute them",
+            "say that pictures are AI-generated where the law asks for it",
+            "pass the licence on with every LoRA",
+        ),
+    ),
+    "schnell": Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
+    "mini": Licence("Apache-2.0 (drawings: python-avatars, MIT)", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
+}
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """CLIP and T5 with their tokenizers."""
+
+    tokenizer: CLIPTokenizer
+    tokenizer_2: T5Tokenizer
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: embeds [B, L, D] from T5, pooled [B, P] from CLIP."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
+        """The same on another device or in another precision."""
+        return Conditioning(self.embeds.to(device, dtype), self.pooled.to(device, dtype))
+
+
+class Flux1:
+    """A FLUX.1 model by reference: 'mini', a local folder, or a hub repository."""
+
+    name = "flux1"
+
+    def __init__(self, model: str):
+        self.model = model
+
+    @property
+    def licence(self) -> Licence:
+        """The licence by the model's name; an unknown fine-tune is taken to carry the stricter one."""
+        if self.model == "mini":
+            return LICENCES["mini"]
+        return LICENCES["schnell" if "schnell" in self.model.lower() else "dev"]
+
+    @cached_property
+    def native_px(self) -> int:
+        """Side of the square picture the model was made for: 1024 for FLUX.1-dev, 128 for mini."""
+        return int(hub.component_config(self.model, "vae")["sample_size"])
+
+    @cached_property
+    def uses_guidance(self) -> bool:
+        """Whether the transformer takes a guidance scale (dev) or not (schnell)."""
+        return bool(hub.component_config(self.model, "transformer")["guidance_embeds"])
+
+    def vae(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+        """The autoencoder, frozen."""
+        return _frozen(AutoencoderKL.from_pretrained(self._folder("vae"), torch_dtype=dtype), device)
+
+    def transformer(self, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+        """The transformer, frozen."""
+        return _frozen(FluxTransformer2DModel.from_pretrained(self._folder("transformer"), torch_dtype=dtype), device)
+
+    def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+        """Both text encoders, frozen, with their tokenizers."""
+        return TextEncoders(
+            CLIPTokenizer.from_pretrained(self._folder("tokenizer")),
+            T5Tokenizer.from_pretrained(self._folder("tokenizer_2")),
+            _frozen(CLIPTextModel.from_pretrained(self._folder("text_encoder"), dtype=dtype, use_safetensors=True), device),
+            _frozen(T5EncoderModel.from_pretrained(self._folder("text_encoder_2"), dtype=dtype, use_safetensors=True), device),
+        )
+
+    @torch.no_grad()
+    def encode_prompts(self, encoders: TextEncoders, prompts: list[str]) -> Conditioning:
+        """Prompts -> conditioning. T5 is padded to its tokenizer's own length (512 for dev): FLUX has no text mask."""
+        clip = encoders.tokenizer(prompts, padding="max_length", max_length=encoders.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        t5 = encoders.tokenizer_2(prompts, padding="max_length", max_length=t5_length(encoders.tokenizer_2), truncation=True, return_tensors="pt").input_ids
+        pooled = encoders.text_encoder(clip.to(encoders.text_encoder.device)).pooler_output
+        embeds = encoders.text_encoder_2(t5.to(encoders.text_encoder_2.device))[0]
+        return Conditioning(embeds, pooled)
+
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that does not fit T5's length and will not be seen; empty where all fits."""
+        tokenizer = T5Tokenizer.from_pretrained(self._folder("tokenizer_2"))
+        ids, length = tokenizer(prompt).input_ids, t5_length(tokenizer)
+        return tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else ""
+
+    @torch.no_grad()
+    def encode_pictures(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in -1..1 -> scaled latents [B, 16, H/8, W/8]; the posterior's mean, so that a cache is exact."""
+        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_pictures(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 16, h, w] -> pixels [B, 3, 8h, 8w] in -1..1 (not clamped)."""
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(latents).sample
+
+    def velocity(self, transformer: torch.nn.Module, x: Tensor, sigma: Tensor, guidance: float, conditioning: Conditioning, image_ids: Tensor) -> Tensor:
+        """Predicted velocity [B, N, 64] of packed latents x [B, N, 64] at noise levels sigma [B]; image_ids [N, 3]."""
+        return transformer(
+            hidden_states=x,
+            timestep=sigma.to(x.dtype),  # the library multiplies by 1000 inside
+            guidance=torch.full((x.shape[0],), guidance, device=x.device, dtype=torch.float32) if self.uses_guidance else None,
+            pooled_projections=conditioning.pooled,
+            encoder_hidden_states=conditioning.embeds,
+            txt_ids=flow.text_ids(conditioning.embeds.shape[1], x.device, x.dtype),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+
+    @cached_property
+    def shift_config(self) -> dict[str, Any]:
+        """Arguments of `flow.resolution_mu` from the scheduler's config; schnell has a fixed shift of none."""
+        config = hub.component_config(self.model, "scheduler", "scheduler_config.json")
+        if not config.get("use_dynamic_shifting"):
+            return {"base_shift": 0.0, "max_shift": 0.0}
+        return {
+            "base_tokens": config["base_image_seq_len"],
+            "max_tokens": config["max_image_seq_len"],
+            "base_shift": config["base_shift"],
+            "max_shift": config["max_shift"],
+        }
+
+    def sigmas(self, steps: int, tokens: int) -> Tensor:
+        """Sampling noise levels [steps + 1] for a number of image tokens."""
+        return flow.schedule(steps, flow.resolution_mu(tokens, **self.shift_config))
+
+    def _folder(self, component: str) -> Path:
+        return hub.component_folder(self.model, component)
+
+
+def t5_length(tokenizer: T5Tokenizer) -> int:
+    """Padded prompt length in T5 tokens: the tokenizer's own, at most FLUX's 512."""
+    return min(tokenizer.model_max_length, 512)
+
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def _frozen(module: Module, device: torch.device) -> Module:
+    return module.to(device).eval().requires_grad_(False)
+
+
+def tiny(folder: Path, seed: int = 0) -> Path:
+    """Write a FLUX.1 pipeline of random weights, under 1 MB, with mini's tokenizers: for tests of structure, not of pictures."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    if not (mini.FOLDER / "tokenizer").is_dir():
+        raise UserError("the mini model's tokenizers are missing from this installation")
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(mini.FOLDER / "tokenizer"), T5Tokenizer.from_pretrained(mini.FOLDER / "tokenizer_2")
+    width = 16
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, projection_dim=width, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=len(tokenizer_2),
+        d_model=width,
+        d_kv=8,
+        d_ff=width,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4, 4, 8, 8), layers_per_block=1,
+            latent_channels=16, norm_num_groups=2, sample_size=128, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+        ),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=width,
+            pooled_projection_dim=width, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -1,0 +1,92 @@
+"""Where a base model's files are: the shipped mini model, a local folder, or the Hugging Face hub.
+
+Only the files a component needs are fetched, never code; each failure of the hub becomes one sentence.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lorabooth import mini
+from lorabooth.errors import UserError
+
+ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""Weights as safetensors, configs and tokenizer files. Pickles and Python files stay on the hub: they could run code."""
+
+
+def model_folder(model: str) -> Path | None:
+    """The local folder of a model reference, or None where it names a hub repository."""
+    if model == "mini":
+        if not (mini.FOLDER / "model_index.json").exists():
+            raise UserError("the mini model's files are missing from this installation", hint="make them with: python -m scripts.mini")
+        return mini.FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").exists():
+            raise UserError(f"{model} is a folder but not a diffusers pipeline: it has no model_index.json")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/", "~")):
+        raise UserError(f"unknown model {model!r}", hint="give 'mini', a hub repository such as black-forest-labs/FLUX.1-dev, or a local diffusers folder")
+    return None
+
+
+def fetch(model: str, *patterns: str) -> Path:
+    """A local folder that holds the files of `model` that match `patterns` (such as 'vae/*'), downloaded once if need be."""
+    folder = model_folder(model)
+    return folder if folder is not None else download(model, patterns)
+
+
+def component_folder(model: str, component: str) -> Path:
+    """The folder of one component, such as 'vae'; a UserError where the model has none."""
+    folder = fetch(model, *(f"{component}/{pattern}" for pattern in ALLOWED)) / component
+    if not folder.is_dir():
+        raise UserError(f"{model} has no {component!r}: it is not a FLUX.1 pipeline")
+    return folder
+
+
+def component_config(model: str, component: str, name: str = "config.json") -> dict[str, Any]:
+    """The configuration of a component, without its weights."""
+    file = fetch(model, f"{component}/{name}", "model_index.json") / component / name
+    if not file.exists():
+        raise UserError(f"{model} has no {component}/{name}: it is not a FLUX.1 pipeline")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def download(repository: str, patterns: tuple[str, ...]) -> Path:
+    """Files of a hub repository that match `patterns`, in the local hub cache; a UserError for each way this can fail."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise UserError(
+            f"{repository} is gated: its licence must be accepted and you must be logged in",
+            hint=f"open https://huggingface.co/{repository}, accept the licence, then run: hf auth login (or set HF_TOKEN)",
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no repository {repository}, or your token may not see it",
+            hint="check the name; for a private one run: hf auth login (or set HF_TOKEN)",
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(
+            f"{repository} is not on this machine and the hub cannot be reached",
+            hint="connect to the internet once, or give a local folder with --model; --model mini needs no download",
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        reason = "the token is not valid; run: hf auth login" if status == 401 else "try again later"
+        raise UserError(f"the hub refused {repository} (HTTP {status})", hint=reason) from None
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; what has arrived is kept"
+        ) from None

@@ -1,0 +1,373 @@
+"""From a zip or folder of photos to RUN/photos/00001.png and RUN/manifest.jsonl, and the shapes photos are trained in.
+
+What is a picture is decided by its bytes. Whatever comes in, an upright sRGB picture of 8 bits goes out, without
+metadata: a position or a camera's serial number must not reach a folder that is meant to be shared.
+"""
+
+import errno
+import io
+import json
+import re
+import shutil
+import struct
+import unicodedata
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from math import sqrt
+from pathlib import Path, PurePosixPath
+
+from PIL import ExifTags, Image, ImageCms
+
+from lorabooth import archive
+from lorabooth.archive import Entry, LeftOut, printable
+from lorabooth.errors import UserError
+from lorabooth.runs import publish, write_durable
+
+PIXELS_LIMIT = 100_000_000
+TOO_LARGE = f"has over {PIXELS_LIMIT // 1_000_000} megapixels, which is the limit"
+LONG_SIDE_PX = 2048
+"""Twice the largest training resolution in use; more costs disk and time at every read and never reaches the model."""
+CAPTION_BYTES_LIMIT = 64 << 10
+FEW_PHOTOS = 4
+
+# JPEG opens MPO too, the JPEGs with several pictures that some phones write.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+
+# What Pillow's decoders raise on damaged pictures; UnidentifiedImageError and most others are OSError.
+PICTURE_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# EXIF orientation -> what makes the picture upright; 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+NEEDED = "put 10-50 JPEG, PNG or WebP photos in it"
+
+Progress = Callable[[Iterable[Entry]], Iterable[Entry]]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo in RUN/photos: upright RGB of 8 bits, sRGB, the longer side at most 2048 px."""
+
+    file: str
+    """"00001.png"; named by us, never by the archive."""
+    original: str
+    """The name it came with, for messages only."""
+    width_px: int
+    height_px: int
+    sha256: str
+    """Hex digest of the stored file."""
+    caption: str | None
+    """The text that came with it, or None."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The photos of a run in the order of their names, and one line for each thing left out or changed."""
+
+    photos: tuple[Photo, ...]
+    notes: tuple[str, ...]
+
+    def to_jsonl(self) -> str:
+        """A line with the notes, then a line a photo."""
+        return "".join(json.dumps(line) + "\n" for line in ({"notes": self.notes}, *map(asdict, self.photos)))
+
+    @classmethod
+    def from_jsonl(cls, text: str) -> "Manifest":
+        """What `to_jsonl` wrote. Raises ValueError, TypeError or KeyError on anything else."""
+        head, *rows = map(json.loads, text.splitlines() or [""])
+        return cls(tuple(Photo(**row) for row in rows), tuple(head["notes"]))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """The manifest of a run; UserError where there is none or it is damaged."""
+        path = folder / "manifest.jsonl"
+        if not path.exists():
+            raise UserError(f"{folder} has no photos yet: {path.name} is missing", hint="take them in with: lorabooth train PHOTOS --trigger-word TOK")
+        try:
+            return cls.from_jsonl(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged", hint=f"delete {path}, then run the same command again") from error
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A training shape. Both sides are multiples of 16: the VAE's 8 times the transformer's patches of 2."""
+
+    height_px: int
+    width_px: int
+
+    @classmethod
+    def nearest(cls, width_px: int, height_px: int, resolution_px: int) -> "Bucket":
+        """The shape of a photo at about resolution_px**2 pixels: same aspect within 1:3 to 3:1, each side at least 64 px."""
+        aspect = min(max(width_px / height_px, 1 / 3), 3.0)
+        return cls(height_px=_multiple(resolution_px / sqrt(aspect)), width_px=_multiple(resolution_px * sqrt(aspect)))
+
+
+def _multiple(side_px: float) -> int:
+    return max(64, round(side_px / 16) * 16)
+
+
+def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
+    """The picture resized (Lanczos) to cover the bucket and cropped to exactly its width_px x height_px.
+
+    Sides are cropped evenly. From the height, three quarters of the excess go at the bottom: in photos of people the
+    face is in the upper half, and an even crop of a tall one cuts into the hair.
+    """
+    scale = max(bucket.width_px / image.width, bucket.height_px / image.height)
+    width, height = min(bucket.width_px / scale, image.width), min(bucket.height_px / scale, image.height)
+    left, top = (image.width - width) / 2, (image.height - height) / 4
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return image.resize((bucket.width_px, bucket.height_px), Image.Resampling.LANCZOS, box=box)
+
+
+def ingest(source: Path, folder: Path, progress: Progress = iter) -> Manifest:
+    """Take the photos of a zip or folder into `folder`/photos and write `folder`/manifest.jsonl; returns the manifest.
+
+    Where the manifest exists, all is done and it is only read. It is written last, and the photos are gathered aside,
+    so that a kill leaves nothing that looks complete; the next call starts afresh. Raises UserError.
+    """
+    if (folder / "manifest.jsonl").exists():
+        return Manifest.load(folder)
+    if source.resolve().is_relative_to((folder / "photos").resolve()):
+        raise UserError(f"{source} is where the photos of this run are put", hint="move your photos to another folder")
+    part = folder / "photos.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        manifest = _gather(source, folder, part, progress)
+        # Left by a kill between the two writes below.
+        shutil.rmtree(folder / "photos", ignore_errors=True)
+        publish(part, folder / "photos")
+        write_durable(folder / "manifest.jsonl", manifest.to_jsonl().encode())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk is full: the photos do not fit in {folder}", hint="free some space, then run the same command again") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def _gather(source: Path, folder: Path, part: Path, progress: Progress) -> Manifest:
+    intake = _Intake(part)
+    with archive.entries(source, leave_out=folder) as found:
+        for entry in progress(sorted(found, key=lambda entry: _natural(entry.name))):
+            intake.add(entry)
+    if not found:
+        raise UserError(f"{source} is empty", hint=NEEDED)
+    if not intake.photos:
+        raise UserError(f"{source} has no photo that can be used, only {intake.others()}", hint=NEEDED)
+    return intake.manifest()
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key by which 2.jpg comes before 10.jpg. Digits compare by length first: they may be too many for an int."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts)], name
+
+
+class _Intake:
+    """What has been taken from a source so far."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.photos: list[tuple[Photo, str]] = []
+        """With the key that a photo shares with its caption."""
+        self.captions: dict[str, tuple[str, str]] = {}
+        """Key -> name of the text file, text."""
+        self.notes: list[str] = []
+        self.texts = 0
+        self.rejects: list[str] = []
+        self._stored: dict[str, str] = {}
+
+    def add(self, entry: Entry) -> None:
+        """Take one entry as photo or caption, or note why not."""
+        name = printable(entry.name)
+        is_text = PurePosixPath(entry.name).suffix.casefold() == ".txt"
+        self.texts += is_text
+        try:
+            data = entry.read()
+            if is_text:
+                self._add_caption(name, _stem_key(entry.name), data)
+            else:
+                self._add_photo(name, _stem_key(entry.name), data)
+        except LeftOut as reason:
+            self.notes.append(f"{name} {reason}: left out")
+            if not is_text:
+                self.rejects.append(f"{name} {reason}")
+
+    def _add_photo(self, name: str, key: str, data: bytes) -> None:
+        image, changes = _picture(name, data)
+        png = _png(image)
+        digest = sha256(png).hexdigest()
+        # The same pixels give the same file, whatever format they came in.
+        if digest in self._stored:
+            raise LeftOut(f"is the same picture as {self._stored[digest]}")
+        self._stored[digest] = name
+        file = f"{len(self.photos) + 1:05d}.png"
+        write_durable(self.folder / file, png)
+        self.photos.append((Photo(file, name, image.width, image.height, digest, None), key))
+        self.notes += [f"{name} {change}" for change in changes]
+
+    def _add_caption(self, name: str, key: str, data: bytes) -> None:
+        if key in self.captions:
+            raise LeftOut(f"has the name of another caption, {self.captions[key][0]}")
+        self.captions[key] = name, _caption(data)
+
+    def others(self) -> str:
+        """What was found in place of photos, with one example of a reason."""
+        found = [_count(self.texts, "text file")] if self.texts else []
+        if self.rejects:
+            found.append(f"{_count(len(self.rejects), 'other file')} ({self.rejects[0]})")
+        return " and ".join(found)
+
+    def manifest(self) -> Manifest:
+        """The photos with their captions, and the notes."""
+        photos = [Photo(**(asdict(photo) | {"caption": self.captions.get(key, ("", None))[1]})) for photo, key in self.photos]
+        users = Counter(key for _, key in self.photos)
+        notes = [*self.notes]
+        for key, (name, _) in self.captions.items():
+            if key not in users:
+                notes.append(f"{name} has no photo of its name: left out")
+            elif users[key] > 1:
+                notes.append(f"{name} is the caption of {users[key]} photos of its name")
+        if len(photos) <= FEW_PHOTOS:
+            notes.append(f"only {_count(len(photos), 'photo')}: likeness will be limited; 10-50 work best")
+        return Manifest(tuple(photos), tuple(notes))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _stem_key(name: str) -> str:
+    """What a photo shares with its caption: folder and name without ending, whatever the case and the way accents are written."""
+    path = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    return str(path.parent / path.stem).casefold()
+
+
+def _caption(data: bytes) -> str:
+    if len(data) > CAPTION_BYTES_LIMIT:
+        raise LeftOut(f"is over {CAPTION_BYTES_LIMIT >> 10} KiB, too long for a caption")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise LeftOut("is not UTF-8 text") from None
+    if not text.strip():
+        raise LeftOut("is an empty caption")
+    return text
+
+
+def _picture(name: str, data: bytes) -> tuple[Image.Image, list[str]]:
+    """The upright RGB picture of 8 bits in a file's bytes, and what had to be ignored for it. Raises LeftOut."""
+    # Pillow warns of damaged EXIF and of sizes that PIXELS_LIMIT covers; a warning is not something a user can act on.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = _decoded(data)
+        except PICTURE_FAULTS as error:
+            raise LeftOut(_not_a_picture(name, data, error)) from error
+        return _upright_srgb(image)
+
+
+def _decoded(data: bytes) -> Image.Image:
+    """The first frame. Raises LeftOut, or one of PICTURE_FAULTS."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > PIXELS_LIMIT:
+        raise LeftOut(TOO_LARGE)
+    # A JPEG far over what is kept is decoded at half or a quarter of its size: less memory and time.
+    image.draft(None, (2 * LONG_SIDE_PX, 2 * LONG_SIDE_PX))
+    image.load()
+    return image
+
+
+def _not_a_picture(name: str, data: bytes, error: Exception) -> str:
+    """Why bytes gave no picture, as the end of a sentence about the file."""
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
+    if not data:
+        return "is an empty file"
+    if data.startswith(archive.ZIP_START):
+        return "is an archive inside the archive; unpack it first"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "is a HEIC picture; save it as JPEG"
+    if PurePosixPath(name).suffix.casefold() in PICTURE_SUFFIXES:
+        return "is damaged or not a picture"
+    return "is not a JPEG, PNG, WebP, TIFF, BMP or GIF picture"
+
+
+def _upright_srgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    changes: list[str] = []
+    profile = image.info.get("icc_profile")
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except PICTURE_FAULTS:
+        orientation = 1
+        changes.append("has damaged EXIF data: taken as upright")
+    flat = _flat(image)
+    if orientation in UPRIGHT:
+        flat = flat.transpose(UPRIGHT[orientation])
+    if profile:
+        try:
+            flat = _to_srgb(flat, profile)
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            changes.append("has a colour profile that cannot be used: taken as sRGB")
+    rgb = flat.convert("RGB")
+    rgb.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX), Image.Resampling.LANCZOS)
+    return rgb, changes
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The picture as L, RGB or CMYK of 8 bits; where it is transparent, on white."""
+    if image.mode == "F":
+        raise LeftOut("has floating-point pixels; save it as JPEG or PNG")
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them, not scale
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The picture in sRGB. Raises ValueError, OSError or PyCMSError where the profile is broken or of another colour space."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
+    if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+        raise ValueError("the profile is not for this picture's colours")
+    perceptual = ImageCms.Intent.PERCEPTUAL
+    converted = ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), perceptual, outputMode="RGB")
+    assert converted is not None  # only in-place conversion returns nothing
+    return converted
+
+
+def _png(image: Image.Image) -> bytes:
+    """The picture alone, without metadata. Level 1 packs photos nearly as well as the default, in a fifth of the time."""
+    image.info.clear()
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()

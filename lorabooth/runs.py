@@ -1,0 +1,142 @@
+"""A training run on disk, and writes that survive a power cut.
+
+Order of a durable write: temporary file, fsync, rename, fsync of the folder. Without the last one a rename can be
+lost with the power (seen on ext4). A reader therefore finds either the old file or the whole new one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all; once it returns, a power cut cannot take it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C: leave no litter
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder into place and fsync the folder that holds it."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunDir:
+    """The folder of one training run: photos/, captions/, cache/, checkpoints/, samples/, metrics.jsonl, lora.safetensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.photos = path / "photos"
+        self.captions = path / "captions"
+        self.cache = path / "cache"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.metrics = path / "metrics.jsonl"
+        self.lora = path / "lora.safetensors"
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig) -> "RunDir":
+        """Open the run at `path`, or start it with this recipe. A run that has another recipe is refused."""
+        run = cls(path)
+        if (path / "config.json").exists():
+            changed = _changes(run.config, config)
+            if changed:
+                raise UserError(
+                    f"the run {path} has another recipe: {'; '.join(changed)}",
+                    hint="give those values again to go on with it, or start a new run with --out FOLDER",
+                )
+            return run
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not a lorabooth run", hint="choose another folder with --out FOLDER")
+        write_durable(path / "config.json", config.model_dump_json(indent=1).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """An existing run; a UserError where there is none."""
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a lorabooth run: it has no config.json", hint="make one with: lorabooth train PHOTOS --trigger-word TOK")
+        return cls(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The recipe this run was started with."""
+        try:
+            return TrainConfig.model_validate_json((self.path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.path / 'config.json'} is damaged or of another version", hint="start a new run with --out FOLDER") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A durable JSON file in the run folder."""
+        write_durable(self.path / name, json.dumps(value, indent=1).encode())
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON file in the run folder; None where it does not exist."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def log(self, **values: float | int | str) -> None:
+        """Append one line to metrics.jsonl. A line torn by a kill is skipped by `history`."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """All metrics; where a resumed run wrote a step twice, the later line counts."""
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                rows[(row.get("event", "step"), row.get("step", 0))] = row
+        return sorted(rows.values(), key=lambda row: row.get("step", 0))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. The kernel frees the lock at death, whatever killed the process."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another lorabooth process is working on {self.path}", hint="wait for it, or stop it, then run the same command again"
+                ) from None
+            yield
+
+
+def _changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    before, after = old.recipe(), new.recipe()
+    return [f"{name} was {before[name]!r} and is now {after[name]!r}" for name in after if before[name] != after[name]]

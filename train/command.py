@@ -1,0 +1,101 @@
+"""`lorabooth train`: photos and a trigger word in, a LoRA out. Each stage does only what is missing."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+from lorabooth import stages
+from lorabooth.config import TrainConfig, load_config
+from lorabooth.photos import ingest
+from lorabooth.runs import RunDir
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+def config_options(command: Command) -> Command:
+    """One option for every field of TrainConfig, with its sentence, unit and default."""
+    for name, field in reversed(TrainConfig.model_fields.items()):
+        flags = [f"--{name.replace('_', '-')}"] + (["--trigger"] if name == "trigger_word" else [])
+        default = "" if field.is_required() or field.default is None else f" [default: {_show(field.default)}]"
+        kind: Any = {bool: bool, int: int, float: float}.get(field.annotation, str) if name != "lora_alpha" else int  # type: ignore[arg-type]
+        command = click.option(*flags, name, type=kind, multiple=name == "preview_prompts", default=None, help=(field.description or "") + default)(command)
+    return command
+
+
+def _show(value: Any) -> str:
+    return " | ".join(value) if isinstance(value, tuple) else str(value) if value != "" else "none"
+
+
+@click.command()
+@click.argument("photos", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="YAML file of settings; options given here win over it. [default: configs/mini.yaml for --model mini, else none]",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
+@config_options
+def train(photos: Path, recipe: Path | None, out: Path | None, **values: Any) -> None:
+    """Train a LoRA from PHOTOS: a zip or a folder of 10-50 pictures of a person, with <name>.txt captions if you like.
+
+    The same command again goes on where it stopped. Ctrl-C finishes the step at hand and saves it.
+
+    \b
+    Example, with a CUDA GPU:
+      lorabooth train photos.zip --trigger TOK
+    Example, without a GPU, on the mini model:
+      lorabooth train photos.zip --trigger TOK --model mini
+    """
+    values["preview_prompts"] = values["preview_prompts"] or None
+    config = recipe_config(recipe, values)
+    run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word))
+    click.echo(
+        f'LoRA:   {run_dir.lora}\nreport: {run_dir.path / "report.html"}\nnext:   lorabooth generate "a portrait of {config.trigger_word}" --lora {run_dir.path}'
+    )
+
+
+def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
+    """The settings of a run; the mini model has a recipe of its own, since its pictures and layers are small."""
+    if recipe is None and values.get("model") == "mini":
+        recipe = RECIPES / "mini.yaml"
+    return load_config(recipe, values)
+
+
+def train_run(photos: Path, config: TrainConfig, folder: Path) -> RunDir:
+    """All stages in order; what is there already is not done again. Returns the finished run."""
+    _check_source(photos, folder)
+    run_dir = RunDir.create(folder, config)
+    with run_dir.locked():
+        source = str(photos.resolve())
+        if not (folder / "manifest.jsonl").exists():
+            _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
+            run_dir.write_json("source.json", {"photos": source})
+    for stage in stages.STAGES:
+        stages.run_stage(stage, run_dir)
+    return run_dir
+
+
+def _check_source(photos: Path, folder: Path) -> None:
+    """Refuse a run folder that was started from other photos."""
+    from lorabooth.errors import UserError
+
+    if not photos.exists():
+        raise UserError(f"no such file or folder: {photos}", hint="give a zip or a folder of photos")
+    record = RunDir(folder).read_json("source.json")
+    if record and record["photos"] != str(photos.resolve()):
+        raise UserError(f"the run {folder} was started from {record['photos']}, not from {photos}", hint="choose another folder with --out FOLDER")
+
+
+def default_folder(photos: Path, trigger_word: str) -> Path:
+    """runs/TRIGGER-PHOTOS, so that the same command finds its run again."""
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}").strip("-.")
+
+
+def _say(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
