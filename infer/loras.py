@@ -54,7 +54,10 @@ def _locate(name: str) -> Path:
     if not match or name.startswith((".", "/", "~")) or (name.endswith(".safetensors") and not match.group(2)):
         raise UserError(f"no LoRA at {name!r}", hint="give a run folder, a .safetensors file, or a hub repository such as owner/name")
     repository, file = match.groups()
-    folder = hub.download(repository, (file or "*.safetensors",))
+    # The hub's patterns match across folders; trainers put each checkpoint's LoRA into one, and none of those is asked for.
+    folder = hub.download(repository, (file,)) if file else hub.download(repository, ("*.safetensors",), ignored=("*/*",))
+    if file and not (folder / file).exists():
+        raise UserError(f"{repository} has no file {file}")
     return _only_one(folder, [folder / file] if file else sorted(folder.glob("*.safetensors")), name)
 
 

@@ -131,7 +131,8 @@ def _page(photos: list[Image.Image], rows: list[Row], captions: list[str], score
     for title, group in (("identity, mean", world.IDENTITY), ("scene, mean", world.SCENE)):
         table += f"<tr><th>{title}</th><th>{likeness.mean(scores['before'], group):.0%}</th><th>{likeness.mean(scores['after'], group):.0%}</th></tr>"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>lorabooth demo</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>lorabooth demo</title><style>{STYLE}</style>"
         f"<h1>lorabooth demo</h1><p>A LoRA of a person the mini model had never seen, trained on this machine. {html.escape(note)}</p>"
         f"<h2>The photos it learned from</h2><table><tr>{_cells(photos[:6])}</tr>"
         f"<tr>{_cells(photos[6:])}</tr></table>"
@@ -139,7 +140,8 @@ def _page(photos: list[Image.Image], rows: list[Row], captions: list[str], score
         f"<table>{words}{cells}</table><h2>How much is right</h2><p>For each attribute, the drawing nearest to the picture, compared with the truth.</p>"
         f"<table><tr><th></th><th>before</th><th>after</th></tr>{table}</table>"
         "<h2>Next</h2><p>With 10-50 photos of your own in a zip, and a CUDA GPU:</p>"
-        "<p><code>lorabooth train photos.zip --trigger TOK</code><br><code>lorabooth generate &quot;a portrait of TOK at a conference&quot; --lora runs/TOK-photos</code></p></html>"
+        "<p><code>lorabooth train photos.zip --trigger TOK</code><br>"
+        "<code>lorabooth generate &quot;a portrait of TOK at a conference&quot; --lora runs/TOK-photos</code></p></html>"
     )
 
 

@@ -22,7 +22,7 @@ def model_folder(model: str) -> Path | None:
             raise UserError("the mini model's files are missing from this installation", hint="make them with: python -m scripts.mini")
         return mini.FOLDER
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model} is a folder but not a diffusers pipeline: it has no model_index.json")
         return folder
@@ -53,12 +53,13 @@ def component_config(model: str, component: str, name: str = "config.json") -> d
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def download(repository: str, patterns: tuple[str, ...]) -> Path:
-    """Files of a hub repository that match `patterns`, in the local hub cache; a UserError for each way this can fail."""
+def download(repository: str, patterns: tuple[str, ...], ignored: tuple[str, ...] = ()) -> Path:
+    """Files of a hub repository that match `patterns` and not `ignored`, in the local hub cache; a UserError for each way this can fail."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -66,7 +67,7 @@ def download(repository: str, patterns: tuple[str, ...]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
     except GatedRepoError:
         raise UserError(
             f"{repository} is gated: its licence must be accepted and you must be logged in",
@@ -77,16 +78,24 @@ def download(repository: str, patterns: tuple[str, ...]) -> Path:
             f"the hub has no repository {repository}, or your token may not see it",
             hint="check the name; for a private one run: hf auth login (or set HF_TOKEN)",
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except HFValidationError:
+        raise UserError(f"{repository!r} is not a name that a hub repository can have", hint="names look like owner/name") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        # With nothing cached, the client turns an answer such as HTTP 500 into "not found here"; its cause tells.
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(repository, error.__cause__.response.status_code) from None
         raise UserError(
             f"{repository} is not on this machine and the hub cannot be reached",
             hint="connect to the internet once, or give a local folder with --model; --model mini needs no download",
         ) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        reason = "the token is not valid; run: hf auth login" if status == 401 else "try again later"
-        raise UserError(f"the hub refused {repository} (HTTP {status})", hint=reason) from None
+        raise _refused(repository, error.response.status_code) from None
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; what has arrived is kept"
+            f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; files that arrived whole are kept"
         ) from None
+
+
+def _refused(repository: str, status: int) -> UserError:
+    hints = {401: "the token is not valid; run: hf auth login", 403: "your token may not read it: give it that right, or run: hf auth login"}
+    return UserError(f"the hub refused {repository} (HTTP {status})", hint=hints.get(status, "try again later"))

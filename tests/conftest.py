@@ -5,10 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import zipfile
+from pathlib import Path
+
 import pytest
 from diffusers import FluxPipeline
 
 from lorabooth import mini
+from lorabooth.cli import main
+from lorabooth.mini import people
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,31 @@ def mini_pipe() -> FluxPipeline:
     pipe = FluxPipeline.from_pretrained(mini.FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def demo_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos with captions, as a zip; fewer than a batch of four."""
+    file = tmp_path_factory.mktemp("photos") / "three.zip"
+    with zipfile.ZipFile(people.DEMO_ZIP) as demo, zipfile.ZipFile(file, "w") as few:
+        for name in sorted(demo.namelist())[:6]:
+            few.writestr(name, demo.read(name))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_command(demo_photos: Path) -> list[str]:
+    """The shortest training that does all that a training does. Its rate is so high that four steps show in a picture."""
+    options = {
+        "trigger": "TOK", "model": "mini", "steps": 4, "batch-size": 2, "lora-rank": 4, "checkpoint-every": 2, "learning-rate": 0.02, "warmup-steps": 1,
+        "resolution": 64, "preview-every": 4,
+    }  # fmt: skip
+    return ["train", str(demo_photos), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run by the real command. Tests that change anything work on a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main([*tiny_command, "--out", str(folder)]) == 0
+    return folder

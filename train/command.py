@@ -1,5 +1,6 @@
 """`lorabooth train`: photos and a trigger word in, a LoRA out. Each stage does only what is missing."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from lorabooth import stages
 from lorabooth.config import TrainConfig, load_config
+from lorabooth.errors import UserError
 from lorabooth.photos import ingest
 from lorabooth.runs import RunDir
 
@@ -39,8 +41,9 @@ def _show(value: Any) -> str:
     help="YAML file of settings; options given here win over it. [default: configs/mini.yaml for --model mini, else none]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
+@click.option("--json", "as_json", is_flag=True, help="Print the paths of the result as JSON.")
 @config_options
-def train(photos: Path, recipe: Path | None, out: Path | None, **values: Any) -> None:
+def train(photos: Path, recipe: Path | None, out: Path | None, as_json: bool, **values: Any) -> None:
     """Train a LoRA from PHOTOS: a zip or a folder of 10-50 pictures of a person, with <name>.txt captions if you like.
 
     The same command again goes on where it stopped. Ctrl-C finishes the step at hand and saves it.
@@ -54,9 +57,13 @@ def train(photos: Path, recipe: Path | None, out: Path | None, **values: Any) ->
     values["preview_prompts"] = values["preview_prompts"] or None
     config = recipe_config(recipe, values)
     run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word))
-    click.echo(
-        f'LoRA:   {run_dir.lora}\nreport: {run_dir.path / "report.html"}\nnext:   lorabooth generate "a portrait of {config.trigger_word}" --lora {run_dir.path}'
-    )
+    report = run_dir.path / "report.html"
+    if as_json:
+        click.echo(json.dumps({"run": str(run_dir.path), "lora": str(run_dir.lora), "report": str(report)}))
+        return
+    click.echo(f"LoRA:   {run_dir.lora}\nreport: {report}")
+    _say_licence(config.model)
+    click.echo(f'next:   lorabooth generate "a portrait of {config.trigger_word}" --lora {run_dir.path}')
 
 
 def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
@@ -82,8 +89,6 @@ def train_run(photos: Path, config: TrainConfig, folder: Path) -> RunDir:
 
 def _check_source(photos: Path, folder: Path) -> None:
     """Refuse a run folder that was started from other photos."""
-    from lorabooth.errors import UserError
-
     if not photos.exists():
         raise UserError(f"no such file or folder: {photos}", hint="give a zip or a folder of photos")
     record = RunDir(folder).read_json("source.json")
@@ -94,6 +99,15 @@ def _check_source(photos: Path, folder: Path) -> None:
 def default_folder(photos: Path, trigger_word: str) -> Path:
     """runs/TRIGGER-PHOTOS, so that the same command finds its run again."""
     return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}").strip("-.")
+
+
+def _say_licence(model: str) -> None:
+    """What the base model asks of those who use the LoRA."""
+    from lorabooth.families import load_family
+
+    licence = load_family(model).licence
+    if licence.duties:
+        click.echo(f"licence: {licence.name} ({licence.url}); it asks you to {', '.join(licence.duties)}")
 
 
 def _say(notes: tuple[str, ...]) -> None:

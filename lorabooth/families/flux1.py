@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-
 from transformers.utils import logging as transformers_logging
 
 from lorabooth import flow, hub, mini

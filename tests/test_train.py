@@ -1,0 +1,374 @@
+"""Training on the mini model: the right loss, the same bytes after any interruption, and a LoRA that others can load."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from infer.engine import Engine
+from infer.loras import resolve
+from infer.request import Request
+from lorabooth import stages
+from lorabooth.cli import main
+from lorabooth.config import TrainConfig
+from lorabooth.families import load_family
+from lorabooth.photos import Bucket, ingest
+from lorabooth.runs import RunDir
+from train import encode, fit
+from train.checkpoint import load_checkpoint
+from train.data import Cache, Item, Sampler
+
+SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunDir:
+    """A copy of the finished run, to damage."""
+    return RunDir(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+
+
+def trainer_of(run: RunDir) -> fit.Trainer:
+    return fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether two LoRA files hold the same tensors to the bit; the dates in their metadata may differ."""
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k].view(torch.int32), right[k].view(torch.int32)) for k in left)
+
+
+def flip_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+
+
+# The loss
+
+
+def loss_as_in_diffusers(transformer: torch.nn.Module, latents: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, conditioning) -> torch.Tensor:
+    """The loss of examples/dreambooth/train_dreambooth_lora_flux.py with --weighting_scheme logit_normal and --guidance_scale 1."""
+    b, c, h, w = latents.shape
+    sigmas = torch.sigmoid(u).view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    predicted = transformer(
+        hidden_states=FluxPipeline._pack_latents(noisy, b, c, h, w),
+        timestep=sigmas.flatten() * 1000 / 1000,
+        guidance=torch.tensor([1.0]).expand(b),
+        pooled_projections=conditioning.pooled,
+        encoder_hidden_states=conditioning.embeds,
+        txt_ids=torch.zeros(conditioning.embeds.shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32),
+        return_dict=False,
+    )[0]
+    predicted = FluxPipeline._unpack_latents(predicted, height=h * 8, width=w * 8, vae_scale_factor=8)
+    target = noise - latents
+    weighting = torch.ones_like(sigmas)
+    return torch.mean((weighting.float() * (predicted.float() - target.float()) ** 2).reshape(b, -1), 1).mean()
+
+
+def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir):
+    trainer = trainer_of(run)
+    with torch.no_grad():  # lora_B starts at zero, which would make every gradient of lora_A zero
+        for p in trainer.state.parameters:
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    batch = trainer.cache.batch(trainer.sampler.batch(0), 0.0, random.Random(0))
+    generator = torch.Generator().manual_seed(7)
+    loss = fit.loss_of(trainer, batch, generator)
+    ours = torch.autograd.grad(loss, trainer.state.parameters)
+    generator.manual_seed(7)
+    noise, u = torch.randn(batch.latents.shape, generator=generator), torch.randn(len(batch.latents), generator=generator)
+    reference = loss_as_in_diffusers(trainer.raw, batch.latents, noise, u, batch.conditioning)
+    theirs = torch.autograd.grad(reference, trainer.state.parameters)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    assert len(ours) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+# The order of photos
+
+
+def counts(sampler: Sampler, batches: int) -> Counter[str]:
+    return Counter(item.photo for i in range(batches) for item in sampler.batch(i))
+
+
+@pytest.mark.parametrize(
+    ("square", "portrait", "batch_size"), [(12, 0, 4), (5, 0, 2), (3, 0, 4), (1, 0, 4), (11, 1, 4), (7, 3, 2)], ids=lambda value: str(value)
+)
+def test_every_photo_is_seen_equally_often_in_batches_of_one_shape(square: int, portrait: int, batch_size: int):
+    items = [Item(f"s{i}", SQUARE) for i in range(square)] + [Item(f"p{i}", PORTRAIT) for i in range(portrait)]
+    sampler = Sampler(items, batch_size, seed=1)
+    for i in range(50):
+        batch = sampler.batch(i)
+        assert len(batch) == batch_size and len({item.bucket for item in batch}) == 1
+    seen = counts(sampler, 1200)
+    assert len(seen) == square + portrait
+    # A photo alone in its shape must not be learned more than the others: its person would always stand that way.
+    assert max(seen.values()) <= 1.1 * min(seen.values())
+
+
+def test_the_order_is_a_function_of_the_seed_alone():
+    items = [Item(f"s{i}", SQUARE) for i in range(7)] + [Item(f"p{i}", PORTRAIT) for i in range(4)]
+    orders = [[Sampler(items, 2, seed).batch(i) for i in range(30)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    backwards = Sampler(items, 2, 1)
+    assert [backwards.batch(i) for i in reversed(range(30))][::-1] == orders[0]
+
+
+def test_a_dropped_caption_is_the_bare_trigger(run: RunDir):
+    cache, sampler = Cache(run), trainer_of(run).sampler
+    picked = sampler.batch(0)
+    dropped, kept = (cache.batch(picked, rate, random.Random(0)).conditioning.embeds for rate in (1.0, 0.0))
+    trigger = load_file(run.cache / "trigger.text.safetensors")["embeds"]
+    assert all(torch.equal(row, trigger) for row in dropped)
+    assert not any(torch.equal(row, trigger) for row in kept)
+
+
+# Averaged weights
+
+
+def test_averaged_weights_are_the_average_and_previews_leave_the_raw_ones_alone(run: RunDir):
+    trainer = trainer_of(run)
+    average = [p.detach().clone() for p in trainer.state.parameters]
+    for step in range(1, 4):
+        fit.train_step(trainer)
+        decay = min(trainer.config.ema_decay, step / (10 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, trainer.state.parameters, strict=True)]
+    for mine, other in zip(trainer.state.ema, average, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+    assert any(not torch.equal(e, p) for e, p in zip(trainer.state.ema, trainer.state.parameters, strict=True))
+    raw = [p.detach().clone() for p in trainer.state.parameters]
+    fit.preview(trainer)
+    assert all(torch.equal(p, r) for p, r in zip(trainer.state.parameters, raw, strict=True))
+    assert Image.open(run.samples / "step-000003-0.png").size == (64, 64)
+
+
+def test_the_exported_weights_are_the_averaged_ones(tiny_run: Path):
+    exported = load_file(tiny_run / "lora.safetensors")
+    last = tiny_run / "checkpoints" / "step-000004"
+    raw, ema = ([t for t in load_file(last / name).values()] for name in ("lora.safetensors", "ema.safetensors"))
+
+    def total(tensors) -> float:
+        return sum(float(t.double().abs().sum()) for t in tensors)
+
+    assert total(exported.values()) == pytest.approx(total(ema), rel=1e-9) != pytest.approx(total(raw), rel=1e-6)
+
+
+# What comes out
+
+
+def test_a_run_leaves_a_described_lora_previews_metrics_and_a_report(tiny_run: Path):
+    run = RunDir.open(tiny_run)
+    with safe_open(run.lora, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.trigger_phrase"] == "TOK" and metadata["lorabooth.base"] == "mini" and metadata["ss_network_dim"] == "4"
+    assert re.fullmatch("[0-9a-f]{64}", metadata["lorabooth.base_sha256"])
+    assert str(tiny_run) not in str(metadata), "a path of this machine would travel with the file"
+    assert [row["step"] for row in run.history() if "loss" in row] == [1, 2, 3, 4]
+    assert sorted(file.name for file in run.samples.iterdir()) == ["step-000000-0.png", "step-000004-0.png"]
+    report = (tiny_run / "report.html").read_text()
+    assert report.count("data:image/png") == 2 and "<svg" in report and "http" not in report.replace("huggingface.co", "")
+    litter = [file for file in tiny_run.rglob("*") if ".part" in file.name]
+    assert not litter
+
+
+def test_plain_diffusers_loads_the_lora_and_makes_the_picture_that_the_generator_makes(tiny_run: Path, mini_pipe: FluxPipeline):
+    def plain() -> np.ndarray:
+        image = mini_pipe(
+            "a portrait of TOK", height=96, width=128, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=48,
+            generator=torch.Generator().manual_seed(5),
+        ).images[0]  # fmt: skip
+        return np.asarray(image, dtype=np.int16)
+
+    without = plain()
+    mini_pipe.load_lora_weights(str(tiny_run / "lora.safetensors"))
+    try:
+        theirs = plain()
+    finally:
+        mini_pipe.unload_lora_weights()
+    engine, request = Engine("mini"), Request("a portrait of TOK", 128, 96, seed=5, num_inference_steps=4)
+    ours = np.asarray(next(engine.generate(request, (resolve(str(tiny_run)),))).image, dtype=np.int16)
+    assert np.abs(ours - theirs).max() <= 2
+    assert np.abs(theirs - without).max() > 20, "the LoRA changes nothing, so the comparison above shows nothing"
+
+
+# Interruptions
+
+
+def command_line(arguments: list[str]) -> subprocess.Popen[str]:
+    # A shell that started us in the background may have told us to ignore SIGINT, and a child inherits that.
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorabooth", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=os.environ | {"TQDM_MININTERVAL": "0"},
+    )
+
+
+def interrupted(arguments: list[str], when: str) -> tuple[int, str]:
+    """Send Ctrl-C to a real command once `when` (a pattern) is on its standard error; its exit code and all it said."""
+    process = command_line(arguments)
+    assert process.stderr is not None
+    said = ""
+    with process.stderr:
+        while not re.search(when, said):
+            character = process.stderr.read(1)
+            assert character, f"ended with {process.wait()} before {when!r}: {said}"
+            said += character
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+    return process.wait(timeout=120), said
+
+
+def test_a_ctrl_c_in_each_stage_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(6):  # large, so that each stage takes long enough to be met in the middle
+        noise = np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((1600, 1600)).save(photos / f"{i}.jpg")
+    run = RunDir(tmp_path / "run")
+    options = ["--trigger", "TOK", "--model", "mini", "--steps", "8", "--batch-size", "2", "--checkpoint-every", "100", "--preview-every", "0"]
+    command = ["train", str(photos), *options, "--out", str(run.path)]
+    for when in (r"read photos:\s+0%", r"encode photos:\s+0%", r"train:.*\| [1-5]/8"):
+        code, said = interrupted(command, when)
+        assert code == 130, said
+        assert "run the same command again" in said and "Traceback" not in said, said
+        assert not [file for file in run.path.rglob("*") if ".part" in file.name]
+        assert not run.lora.exists()
+    [checkpoint] = run.checkpoints.iterdir()
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert 1 <= stopped_at < 8, "the step at hand was not saved"
+    assert main(command) == 0, capsys.readouterr().err
+    assert f"{stopped_at}/8" in capsys.readouterr().err, "it did not go on from the step it had saved"
+    assert run.lora.exists() and [row["step"] for row in run.history()] == list(range(1, 9))
+
+
+def test_a_training_killed_and_resumed_gives_the_same_bytes_as_one_that_was_not(tiny_command: list[str], tmp_path: Path):
+    command = [*tiny_command, "--steps", "8", "--preview-every", "3"]
+    whole, broken = RunDir(tmp_path / "whole"), RunDir(tmp_path / "broken")
+    process = command_line([*command, "--out", str(broken.path)])
+    assert process.stderr is not None
+    try:
+        until = time.monotonic() + 120
+        while not (broken.checkpoints / "step-000002").exists():
+            assert process.poll() is None and time.monotonic() < until, "no checkpoint came"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+        process.stderr.close()
+    assert not fit.finished(RunDir.open(broken.path)), "it was killed too late to show anything"
+    assert main([*command, "--out", str(broken.path)]) == 0
+    assert main([*command, "--out", str(whole.path)]) == 0
+    assert same_bytes(whole.lora, broken.lora)
+    assert not [file for file in broken.path.rglob("*") if ".part" in file.name], "the killed process's half checkpoint is still there"
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(run: RunDir, name: str):
+    flip_bit(run.checkpoints / "step-000004" / name)
+    trainer = trainer_of(run)
+    load_checkpoint(run, trainer.state)
+    assert trainer.state.step == 2
+    ema = load_file(run.checkpoints / "step-000002" / "ema.safetensors")
+    assert all(torch.equal(t, ema[str(i)]) for i, t in enumerate(trainer.state.ema))
+
+
+def test_without_a_checkpoint_that_is_whole_training_starts_at_the_first_step(run: RunDir):
+    for folder in run.checkpoints.iterdir():
+        flip_bit(folder / "ema.safetensors")
+    trainer = trainer_of(run)
+    load_checkpoint(run, trainer.state)
+    assert trainer.state.step == 0
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_and_never_exported(run: RunDir, tiny_run: Path, tiny_command: list[str]):
+    flip_bit(run.checkpoints / "step-000004" / "ema.safetensors")
+    run.lora.unlink()
+    assert main([*tiny_command, "--out", str(run.path)]) == 0
+    assert same_bytes(run.lora, tiny_run / "lora.safetensors")
+
+
+def test_a_damaged_cache_file_is_encoded_again_and_the_others_are_kept(run: RunDir):
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.cache.iterdir()}
+    cut, empty, missing = "00001-64x64.safetensors", "00002.text.safetensors", "trigger.text.safetensors"
+    (run.cache / cut).write_bytes(before[cut][0][:-10])
+    (run.cache / empty).write_bytes(b"")
+    (run.cache / missing).unlink()
+    encode.run(run)
+    for file in run.cache.iterdir():
+        content, written = before[file.name]
+        if file.name in (cut, empty, missing):
+            old, new = load_file_bytes(content), load_file(file)
+            # The other texts of the batch are another length of computation: equal to rounding, not to the bit.
+            assert all(torch.allclose(old[k], new[k], rtol=1e-4, atol=1e-5) for k in old)
+        else:
+            assert file.stat().st_mtime_ns == written
+    assert_names = {file.name for file in run.cache.iterdir()}
+    assert assert_names == before.keys()
+
+
+def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(content)
+
+
+def test_a_changed_caption_is_encoded_again(run: RunDir):
+    old = load_file(run.cache / "00001.text.safetensors")["embeds"]
+    (run.captions / "00001.txt").write_text("TOK in a blue hoodie")
+    encode.run(run)
+    assert not torch.equal(old, load_file(run.cache / "00001.text.safetensors")["embeds"])
+
+
+def test_a_loss_that_is_not_finite_names_the_photo_and_writes_no_lora(tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunDir(tmp_path / "run")
+    command = [*tiny_command, "--batch-size", "1", "--checkpoint-every", "1", "--preview-every", "0", "--out", str(run.path)]
+    from train.command import train
+
+    values = {k: v for k, v in train.make_context("train", command[1:]).params.items() if k not in ("photos", "recipe", "out", "preview_prompts")}
+    from train.command import recipe_config
+
+    RunDir.create(run.path, recipe_config(None, values))
+    ingest(Path(command[1]), run.path)
+    for stage in ("caption", "encode"):
+        stages.run_stage(stage, run)
+    # The photo of the second step, so that a checkpoint of the first one exists.
+    [poisoned] = trainer_of(run).sampler.batch(1)
+    file = run.cache / poisoned.latents_name
+    with safe_open(file, "pt") as reader:
+        metadata = reader.metadata()
+    save_file({"latents": torch.full_like(load_file(file)["latents"], torch.nan)}, file, metadata=metadata)
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "nan at step 2" in said and poisoned.photo in said and "Traceback" not in said
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000001"]
+    assert all(torch.isfinite(t).all() for t in load_file(run.checkpoints / "step-000001" / "lora.safetensors").values())
+    assert not run.lora.exists()
+
+
+def test_the_recipe_of_the_fixture_is_what_the_run_recorded(tiny_run: Path):
+    config = RunDir.open(tiny_run).config
+    assert isinstance(config, TrainConfig) and (config.steps, config.batch_size, config.model) == (4, 2, "mini")
