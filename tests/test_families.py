@@ -134,7 +134,7 @@ def test_a_component_loads_from_its_own_files_alone(folder: Path, tmp_path: Path
     shutil.copy(folder / "model_index.json", tmp_path)
     module = getattr(Flux1(str(tmp_path)), component)(CPU, torch.float32)
     assert not module.training and not any(p.requires_grad for p in module.parameters())
-    with pytest.raises(UserError, match="has no 'tokenizer': it is not a FLUX.1 pipeline"):
+    with pytest.raises(UserError, match=r"has no 'tokenizer': it is not a FLUX\.1 pipeline"):
         Flux1(str(tmp_path)).text_encoders(CPU, torch.float32)
 
 

@@ -121,7 +121,7 @@ def test_a_start_that_was_killed_does_not_block_the_run(tmp_path: Path):
 
 
 def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path: Path):
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         RunDir.open(tmp_path)
 
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from infer.engine import Engine
 from infer.loras import resolve
@@ -31,6 +31,7 @@ from lorabooth.photos import Bucket, ingest
 from lorabooth.runs import RunDir
 from train import encode, fit
 from train.checkpoint import load_checkpoint
+from train.command import recipe_config, train
 from train.data import Cache, Item, Sampler
 
 SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
@@ -282,6 +283,23 @@ def test_a_training_killed_and_resumed_gives_the_same_bytes_as_one_that_was_not(
     assert not [file for file in broken.path.rglob("*") if ".part" in file.name], "the killed process's half checkpoint is still there"
 
 
+def test_a_ctrl_c_during_a_preview_saves_the_steps_before_it(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    shutil.rmtree(run.checkpoints)
+    trainer = trainer_of(run)
+    trainer.config = run.config.model_copy(update={"checkpoint_every": 100, "preview_every": 1})
+    preview = fit.preview
+
+    def preview_and_signal(trainer: fit.Trainer) -> None:
+        preview(trainer)
+        if trainer.state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fit, "preview", preview_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        fit._loop(trainer)
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000003"]
+
+
 # Damage
 
 
@@ -320,19 +338,12 @@ def test_a_damaged_cache_file_is_encoded_again_and_the_others_are_kept(run: RunD
     for file in run.cache.iterdir():
         content, written = before[file.name]
         if file.name in (cut, empty, missing):
-            old, new = load_file_bytes(content), load_file(file)
+            old, new = load(content), load_file(file)
             # The other texts of the batch are another length of computation: equal to rounding, not to the bit.
             assert all(torch.allclose(old[k], new[k], rtol=1e-4, atol=1e-5) for k in old)
         else:
             assert file.stat().st_mtime_ns == written
-    assert_names = {file.name for file in run.cache.iterdir()}
-    assert assert_names == before.keys()
-
-
-def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load
-
-    return load(content)
+    assert {file.name for file in run.cache.iterdir()} == before.keys()
 
 
 def test_a_changed_caption_is_encoded_again(run: RunDir):
@@ -345,11 +356,8 @@ def test_a_changed_caption_is_encoded_again(run: RunDir):
 def test_a_loss_that_is_not_finite_names_the_photo_and_writes_no_lora(tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = RunDir(tmp_path / "run")
     command = [*tiny_command, "--batch-size", "1", "--checkpoint-every", "1", "--preview-every", "0", "--out", str(run.path)]
-    from train.command import train
-
-    values = {k: v for k, v in train.make_context("train", command[1:]).params.items() if k not in ("photos", "recipe", "out", "preview_prompts")}
-    from train.command import recipe_config
-
+    parsed = train.make_context("train", command[1:]).params
+    values = {name: parsed[name] for name in TrainConfig.model_fields if name != "preview_prompts"}
     RunDir.create(run.path, recipe_config(None, values))
     ingest(Path(command[1]), run.path)
     for stage in ("caption", "encode"):
@@ -367,8 +375,3 @@ def test_a_loss_that_is_not_finite_names_the_photo_and_writes_no_lora(tiny_comma
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000001"]
     assert all(torch.isfinite(t).all() for t in load_file(run.checkpoints / "step-000001" / "lora.safetensors").values())
     assert not run.lora.exists()
-
-
-def test_the_recipe_of_the_fixture_is_what_the_run_recorded(tiny_run: Path):
-    config = RunDir.open(tiny_run).config
-    assert isinstance(config, TrainConfig) and (config.steps, config.batch_size, config.model) == (4, 2, "mini")

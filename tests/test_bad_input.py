@@ -1,0 +1,221 @@
+"""Bad input to `lorabooth train`, by the real command line: one sentence, exit code 2, nothing broken, and a good command goes on."""
+
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lorabooth.cli import main
+from lorabooth.families.flux1 import tiny
+from lorabooth.mini import people
+from lorabooth.runs import RunDir
+
+ONE_STEP = ("--trigger", "TOK", "--model", "mini", "--steps", "1", "--batch-size", "1", "--lora-rank", "1", "--resolution", "64", "--preview-every", "0")
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Run `lorabooth train` with arguments it must refuse; the sentence it says, after the progress bars."""
+
+    def check(*arguments: str) -> str:
+        capfd.readouterr()
+        assert main(["train", *arguments]) == 2
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err and not captured.out
+        # A bar ends with a carriage return or a line of its own; a stage in a process of its own says its sentence itself.
+        lines = [
+            line
+            for line in captured.err.replace("\r", "\n").splitlines()
+            if line.strip() and not re.search(r"\d%\||file/s\]", line) and not line.startswith("note: ")
+        ]
+        assert len(lines) in (1, 2) and lines[0].startswith("lorabooth"), captured.err
+        assert len(lines) == 1 or lines[1].startswith("  "), captured.err
+        return "\n".join(lines)
+
+    return check
+
+
+def goes_on(*arguments: str) -> None:
+    """A good command works now."""
+    assert main(["train", *arguments]) == 0
+    assert RunDir.open(Path(arguments[arguments.index("--out") + 1])).lora.exists()
+
+
+def write_zip(file: Path, **entries: bytes) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name.replace("_", "."), data)
+    return file
+
+
+def demo_picture(number: int = 1) -> bytes:
+    with zipfile.ZipFile(people.DEMO_ZIP) as demo:
+        return demo.read(f"photo-{number:02d}.png")
+
+
+def test_no_zip_then_bad_ones_then_a_good_one(tmp_path: Path, refused: Refused):
+    file, out = tmp_path / "photos.zip", tmp_path / "run"
+    command = [str(file), *ONE_STEP, "--out", str(out)]
+    assert "no such file or folder" in refused(*command)
+    assert not out.exists()
+    file.write_bytes(b"")
+    assert "not a zip" in refused(*command)
+    write_zip(file)
+    assert "is empty" in refused(*command)
+    write_zip(file, a_txt=b"words", b_txt=b"more words")
+    assert "no photo that can be used, only 2 text files" in refused(*command)
+    write_zip(file, a_jpg=b"no picture")
+    assert "a.jpg" in refused(*command)
+    write_zip(file, a_png=demo_picture())
+    file.write_bytes(file.read_bytes()[:-30])
+    assert "damaged or cut off" in refused(*command)
+    assert not (out / "photos").exists() and not (out / "manifest.jsonl").exists() and not list(out.glob("*.part"))
+    write_zip(file, a_png=demo_picture())
+    goes_on(*command)
+
+
+def test_one_photo_is_noted_and_a_corrupted_one_among_good_ones_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    broken = demo_picture(2)
+    write_zip(tmp_path / "photos.zip", good_png=demo_picture(), broken_png=broken[: len(broken) // 2])
+    goes_on(str(tmp_path / "photos.zip"), *ONE_STEP, "--out", str(tmp_path / "run"))
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    assert "note: broken.png is damaged or not a picture: left out" in notes
+    assert [note for note in notes if "only 1 photo" in note]
+    assert [file.name for file in (tmp_path / "run" / "photos").iterdir()] == ["00001.png"]
+
+
+def test_a_missing_or_bad_trigger_is_refused_before_anything_is_written(demo_photos: Path, tmp_path: Path, refused: Refused):
+    out = tmp_path / "run"
+    assert "--trigger-word TOK" in refused(str(demo_photos), "--model", "mini", "--out", str(out))
+    for trigger in ("", "  ", "a\nb"):
+        assert "trigger_word" in refused(str(demo_photos), "--trigger", trigger, "--model", "mini", "--out", str(out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("learning_rat: 0.1\n", "did you mean 'learning_rate'"),
+        ("steps: [\n", "is not valid YAML"),
+        ("steps: 0\n", "steps: should be greater than or equal to 1 (got 0)"),
+        ("- steps\n", "'name: value' lines"),
+        ("7: 3\n", "recipe.yaml"),
+    ],
+)
+def test_a_bad_recipe_is_refused_before_anything_is_written(recipe: str, words: str, demo_photos: Path, tmp_path: Path, refused: Refused):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    said = refused(str(demo_photos), "--trigger", "TOK", "--model", "mini", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
+    assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("option", "words"), [("--recipe", "folder"), ("--seed", "seed")])
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_is_written(option: str, words: str, demo_photos: Path, tmp_path: Path, refused: Refused):
+    value = {"--recipe": str(tmp_path), "--seed": "9" * 30}[option]
+    assert words in refused(str(demo_photos), *ONE_STEP, option, value, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_model_is_refused_and_the_right_one_may_follow(demo_photos: Path, tmp_path: Path, refused: Refused):
+    command = [str(demo_photos), *ONE_STEP, "--out", str(tmp_path / "run")]
+    assert "unknown model 'mni'" in refused(*command, "--model", "mni")
+    goes_on(*command)
+
+
+def test_layers_that_the_model_lacks_are_refused_and_the_right_ones_may_follow(demo_photos: Path, tmp_path: Path, refused: Refused):
+    command = [str(demo_photos), *ONE_STEP, "--out", str(tmp_path / "run")]
+    assert "'nothing' matches no layer" in refused(*command, "--targets", "nothing")
+    assert "is not a regular expression" in refused(*command, "--targets", "(")
+    goes_on(*command)
+
+
+def test_a_stage_that_fails_in_a_process_of_its_own_is_one_sentence(demo_photos: Path, tmp_path: Path, refused: Refused):
+    # Any model but 'mini' trains in processes of its own: this is how FLUX.1-dev says that it is gated.
+    model = tiny(tmp_path / "model")
+    shutil.rmtree(model / "vae")
+    said = refused(str(demo_photos), *ONE_STEP, "--model", str(model), "--out", str(tmp_path / "run"))
+    assert "has no 'vae'" in said
+
+
+def test_photos_and_run_in_one_folder_are_refused_and_the_photos_stay(demo_photos: Path, tmp_path: Path, refused: Refused):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with zipfile.ZipFile(demo_photos) as archive:
+        archive.extractall(photos)
+    before = sorted(file.name for file in photos.iterdir())
+    assert "is not a lorabooth run" in refused(str(photos), *ONE_STEP, "--out", str(photos))
+    assert sorted(file.name for file in photos.iterdir()) == before
+    # Inside the photos is fine, and the run's own copies are not taken for photos.
+    goes_on(str(photos), *ONE_STEP, "--out", str(photos / "run"))
+    goes_on(str(photos), *ONE_STEP, "--out", str(photos / "run"))
+    assert len(list((photos / "run" / "photos").iterdir())) == 3
+
+
+def test_a_run_of_other_photos_or_another_recipe_is_refused_and_kept(
+    demo_photos: Path, tiny_command: list[str], tiny_run: Path, tmp_path: Path, refused: Refused
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    other = write_zip(tmp_path / "other.zip", a_png=demo_picture(9))
+    assert "was started from" in refused(str(other), *tiny_command[2:], "--out", str(run))
+    assert "steps was 4 and is now 5" in refused(*tiny_command[1:], "--steps", "5", "--out", str(run))
+    # The run's own copies are not the photos it was started from.
+    assert "was started from" in refused(str(run / "photos"), *tiny_command[2:], "--out", str(run))
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_photos_that_could_not_be_used_do_not_bind_the_run(demo_photos: Path, tmp_path: Path, refused: Refused):
+    empty = write_zip(tmp_path / "empty.zip")
+    out = str(tmp_path / "run")
+    refused(str(empty), *ONE_STEP, "--out", out)
+    goes_on(str(demo_photos), *ONE_STEP, "--out", out)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_file_in_place_of_the_run_is_one_sentence(out: str, demo_photos: Path, tmp_path: Path, refused: Refused):
+    (tmp_path / "file").write_text("x")
+    refused(str(demo_photos), *ONE_STEP, "--out", str(tmp_path / out))
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_name_too_long_for_a_folder_is_no_traceback(demo_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    photos = Path(shutil.copy(demo_photos, tmp_path / ("p" * 200 + ".zip")))
+    assert main(["train", str(photos), *ONE_STEP, "--trigger", "T" * 100]) in (0, 2)
+
+
+def test_a_run_of_another_process_is_refused(tiny_command: list[str], tiny_run: Path, refused: Refused):
+    with RunDir.open(tiny_run).locked():
+        assert "another lorabooth process" in refused(*tiny_command[1:], "--out", str(tiny_run))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a 1 MB disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_at_each_stage_and_the_same_command_goes_on(demo_photos: Path, small_disk: Path, refused: Refused):
+    run = RunDir(small_disk / "run")
+    command = [str(demo_photos), *ONE_STEP, "--lora-rank", "16", "--out", str(run.path)]
+    ballast = small_disk / "ballast"
+    # kB left free: not enough for the photos; for the photos but not the caches; for the caches but not a checkpoint.
+    for free_kb, done in ((12, "config.json"), (60, "manifest.jsonl"), (400, "cache")):
+        used_kb = sum(-(-file.stat().st_size // 4096) * 4 for file in run.path.rglob("*") if file.is_file()) if run.path.exists() else 0
+        ballast.write_bytes(bytes((1024 - used_kb - free_kb) * 1024))
+        assert "the disk is full" in refused(*command)
+        assert (run.path / done).exists() and not run.lora.exists()
+        assert not [file for file in run.path.rglob("*") if ".part" in file.name]
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    goes_on(*command)
