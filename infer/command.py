@@ -1,6 +1,7 @@
 """`lorabooth generate`: a prompt and LoRAs in, pictures out."""
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -53,7 +54,7 @@ def generate(
     engine = Engine(model or base_of(choices))
     if width is None or height is None:
         sized = size_for(aspect_ratio, engine.family.native_px)
-        width, height = width or sized[0], height or sized[1]
+        width, height = sized[0] if width is None else width, sized[1] if height is None else height
     chosen = any_seed() if seed is None else seed
     request = Request(prompt, width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
     _notices(engine, request, choices, seed is None)
@@ -98,5 +99,5 @@ def _notices(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], 
         click.echo(f"note: the prompt is too long for this model; it will not see: {cut}", err=True)
     for choice in choices:
         trigger = choice.file.trigger_word
-        if trigger and trigger not in request.prompt:
+        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", request.prompt, re.ASCII):
             click.echo(f"note: the prompt lacks {trigger!r}, the trigger word of {choice.file.name}; the person will not appear without it", err=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors import SafetensorError
 
 from infer.loras import LoraChoice
 from infer.request import Request
@@ -47,13 +48,14 @@ class Engine:
     def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None) -> Iterator[Output]:
         """The pictures of a request, one at a time; a picture depends on the request and its seed, not on what ran before."""
         conditioning = self._encode(request.prompt)
-        transformer = self._with_loras(loras)
+        self._with_loras(loras)  # what is wrong with them is said before the work begins
         total = request.num_outputs * request.num_inference_steps
         for i in range(request.num_outputs):
             seed = (request.seed + i) % 2**32
             start = sampling.noise(seed, request.width_px, request.height_px)
             done = i * request.num_inference_steps
             report = (lambda step, done=done: progress(done + step, total)) if progress else None
+            transformer = self._with_loras(loras)  # again: between two outputs another request may have changed them
             latents = sampling.denoise(self.family, transformer, conditioning, start, request.num_inference_steps, request.guidance_scale, report)
             yield Output(sampling.decode(self.family, self._loaded_vae(), latents)[0], seed)
 
@@ -86,22 +88,42 @@ class Engine:
             return self._transformer
         for choice in loras:
             choice.file.check_fits(self._transformer, self.family.model)
-        if self._applied:
-            self._transformer.delete_adapters([f"lora{i}" for i in range(len(self._applied))])
-            self._applied = ()
-        for i, choice in enumerate(loras):
-            self._attach(choice, f"lora{i}")
-        if loras:
-            self._transformer.set_adapters([f"lora{i}" for i in range(len(loras))], [choice.weight for choice in loras])
+        self._detach()
+        try:
+            for i, choice in enumerate(loras):
+                self._attach(choice, f"lora{i}")
+            if loras:
+                self._transformer.set_adapters([f"lora{i}" for i in range(len(loras))], [choice.weight for choice in loras])
+        except BaseException:  # one that loaded before the one that did not must not stay in the pictures
+            self._detach()
+            raise
         self._applied = loras
         return self._transformer
+
+    def _detach(self) -> None:
+        """Take off every LoRA that is on the transformer, whatever state a failure left it in."""
+        assert self._transformer is not None
+        names = list(getattr(self._transformer, "peft_config", {}))
+        if names:
+            self._transformer.delete_adapters(names)
+        self._applied = ()
 
     def _attach(self, choice: LoraChoice, name: str) -> None:
         """Load one file through diffusers' own reader, which knows the formats of other trainers too."""
         assert self._transformer is not None
-        state, alphas, metadata = FluxPipeline.lora_state_dict(str(choice.file.path), return_alphas=True, return_lora_metadata=True)
+        try:
+            state, alphas, metadata = FluxPipeline.lora_state_dict(str(choice.file.path), return_alphas=True, return_lora_metadata=True)
+        except (ValueError, KeyError, IndexError, RuntimeError, OSError, SafetensorError) as error:  # what diffusers' converters raise on keys of other models
+            raise _unreadable(choice, self.family.model) from error
         state = {key: value for key, value in state.items() if key.startswith("transformer.")}
         if not state:
             raise UserError(f"{choice.file.path.name} holds no layer that a FLUX transformer has")
-        self._transformer.load_lora_adapter(state, network_alphas=alphas, adapter_name=name, metadata=metadata)
+        try:
+            self._transformer.load_lora_adapter(state, network_alphas=alphas, adapter_name=name, metadata=metadata)
+        except (ValueError, KeyError, IndexError, RuntimeError) as error:  # what diffusers and PEFT raise on shapes that do not fit together
+            raise _unreadable(choice, self.family.model) from error
         self._transformer.requires_grad_(False)
+
+
+def _unreadable(choice: LoraChoice, model: str) -> UserError:
+    return UserError(f"{choice.file.path.name} is damaged or a LoRA of another kind of model than {model}", hint="give a LoRA of a FLUX.1 model")

@@ -12,6 +12,8 @@ ASPECT_RATIOS = {
 """Width and height in px at one megapixel."""
 FORMATS = ("webp", "png", "jpg")
 MULTIPLE_PX = 16
+PROMPT_CHARACTERS_LIMIT = 3_000
+"""More than T5's 512 tokens; and it must fit in the EXIF of a jpg, 64 kB, twice, with up to 12 bytes a character."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise UserError("the prompt is empty", hint='say what to draw, such as "a portrait of TOK at a conference"')
+        if len(self.prompt) > PROMPT_CHARACTERS_LIMIT:
+            raise UserError(f"the prompt has {len(self.prompt):,} characters; the limit is {PROMPT_CHARACTERS_LIMIT:,}")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):  # how Python passes on bytes that are not UTF-8
+            raise UserError("the prompt is not valid text in UTF-8")
         _within("num_outputs", self.num_outputs, 1, 64)
         _within("num_inference_steps", self.num_inference_steps, 1, 50)
         _within("guidance_scale", self.guidance_scale, 0, 10)

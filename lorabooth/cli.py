@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from lorabooth import __version__
-from lorabooth.errors import UserError
+from lorabooth.errors import StageFailed, UserError
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -39,6 +39,10 @@ MACHINE_FAILURES = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command again to go on"),
     errno.EDQUOT: ("your disk quota is used up", "free some space, then run the same command again to go on"),
     errno.EACCES: ("permission denied", "choose a place that you may read and write"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another folder"),
+    errno.EEXIST: ("there is a file where a folder is needed", "choose another folder"),
+    errno.EISDIR: ("this is a folder, not a file", "give a file"),
+    errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one with --out FOLDER"),
     errno.EROFS: ("the disk is read-only", "choose a place that you may write to"),
 }
 
@@ -112,6 +116,13 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
         return code or 0
     except UserError as error:
         return _fail(f"lorabooth: {error.message}", error.hint)
+    except StageFailed as error:
+        # A code of ours has had its sentence; a signal, such as the kernel's when memory is used up, has not.
+        return (
+            error.code
+            if error.code > 0
+            else _fail(f"lorabooth: {error}", "if memory ran out, lower the resolution or the batch size; then run the command again")
+        )
     except click.UsageError as error:
         return _fail_usage(error)
     except click.ClickException as error:

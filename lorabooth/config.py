@@ -4,7 +4,6 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 """
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ Target = Literal["attention", "attention+ff", "all-linear"]
 class TrainConfig(BaseModel):
     """What to train and how. Unknown keys are errors; the values never change after the start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trigger_word: str = Field(
         min_length=1, max_length=100, description="Word that stands for the person in captions and prompts; rare and pronounceable, such as TOK."
@@ -44,24 +43,24 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: slower, but several GB lighter.")
-    seed: int = Field(42, ge=0, description="Seed of the noise, the order of photos and the LoRA's start.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the noise, the order of photos and the LoRA's start.")
     checkpoint_every: int = Field(250, ge=1, description="Steps between checkpoints.")
     preview_every: int = Field(250, ge=0, description="Steps between preview pictures; 0 makes none.")
     preview_prompts: tuple[str, ...] = Field(("a portrait of [trigger]",), description="Prompts of the previews; [trigger] stands for the trigger word.")
-    preview_seed: int = Field(42, ge=0, description="Seed of the previews.")
+    preview_seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the previews.")
 
     @field_validator("trigger_word")
     @classmethod
     def _one_line(cls, value: str) -> str:
-        if not value.strip() or re.search(r"[\x00-\x1f\x7f]", value):
+        if not value.strip() or not value.isprintable():
             raise ValueError("must be visible text on one line, such as TOK")
         return value.strip()
 
-    @field_validator("resolution")
+    @field_validator("resolution", mode="before")
     @classmethod
-    def _resolutions(cls, value: str) -> str:
-        parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdigit() and 64 <= int(part) <= 2048 for part in parts):
+    def _resolutions(cls, value: Any) -> str:
+        parts = [part.strip() for part in str(value).split(",")]  # YAML reads a single one as a number
+        if not all(part.isdecimal() and len(part) <= 4 and 64 <= int(part) <= 2048 for part in parts):
             raise ValueError("must be side lengths in px from 64 to 2048, such as 512,768,1024")
         return ",".join(parts)
 
@@ -87,7 +86,7 @@ def load_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
     """
     merged = (_read_yaml(recipe) if recipe else {}) | {k: v for k, v in values.items() if v is not None}
     try:
-        return TrainConfig(**merged)
+        return TrainConfig.model_validate(merged)
     except ValidationError as error:
         raise UserError(explain(error)) from None
 
@@ -101,7 +100,8 @@ def explain(error: ValidationError) -> str:
         return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(TrainConfig.model_fields)}")
     if first["type"] == "missing" and name == "trigger_word":
         return "a trigger word is missing; give one with --trigger-word TOK"
-    return f"{name}: {first['msg'].removeprefix('Value error, ').removeprefix('Input ').lower()} (got {first['input']!r})"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{name}: {reason[0].lower()}{reason[1:]} (got {first['input']!r})"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -109,8 +109,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}", hint="shipped recipes are in configs/, such as configs/person.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a recipe", hint="shipped recipes are in configs/, such as configs/person.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} must hold settings as 'name: value' lines")
     return content

@@ -14,3 +14,11 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class StageFailed(Exception):
+    """A stage's process ended with this exit code (negative: killed by that signal); it has already said why."""
+
+    def __init__(self, stage: str, code: int):
+        super().__init__(f"the stage {stage} ended with exit code {code}")
+        self.code = code

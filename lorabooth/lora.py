@@ -107,7 +107,9 @@ class LoraFile:
 
     def check_fits(self, transformer: torch.nn.Module, model: str) -> None:
         """A UserError where the file's layers or widths are not the transformer's (files in diffusers keys only)."""
-        sizes = {name: (module.out_features, module.in_features) for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+        # Once a LoRA was on a linear, PEFT keeps the linear itself as `<name>.base_layer`.
+        linears = {name.removesuffix(".base_layer"): module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+        sizes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
         for key, shape in self.shapes.items():
             match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
             if not match:
@@ -117,7 +119,7 @@ class LoraFile:
             if module not in sizes:
                 raise UserError(f"{self.path.name} does not fit {model}: it has a layer {module}, which this model lacks (the LoRA is of {made_for})")
             width = sizes[module][1] if side == "A" else sizes[module][0]
-            found = shape[1] if side == "A" else shape[0]
+            found = shape[side == "A"] if len(shape) == 2 else shape
             if found != width:
                 raise UserError(f"{self.path.name} does not fit {model}: {module} is {width} wide there and {found} in the LoRA (it is of {made_for})")
 
@@ -130,12 +132,15 @@ def _read_header(path: Path) -> dict[str, Any]:
             if length > MAX_HEADER_BYTES:
                 raise UserError(f"{path} is not a safetensors file", hint="only safetensors is read: other formats can run code when loaded")
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            if not isinstance(header.get("__metadata__", {}), dict) or not all(isinstance(entry["shape"], list) for entry in entries):
+                raise TypeError("a header of another shape than safetensors'")
+            end = max((entry["data_offsets"][1] for entry in entries), default=0)
         if path.stat().st_size != 8 + length + end:
             raise UserError(f"{path} is cut short: it should be {8 + length + end} bytes and is {path.stat().st_size}")
     except FileNotFoundError:
         raise UserError(f"no LoRA file at {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({type(error).__name__})") from None
     return header
 

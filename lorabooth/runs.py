@@ -78,7 +78,7 @@ class RunDir:
                     hint="give those values again to go on with it, or start a new run with --out FOLDER",
                 )
             return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(file.suffix != ".part" for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a lorabooth run", hint="choose another folder with --out FOLDER")
         write_durable(path / "config.json", config.model_dump_json(indent=1).encode())
         return run
@@ -109,8 +109,10 @@ class RunDir:
 
     def log(self, **values: float | int | str) -> None:
         """Append one line to metrics.jsonl. A line torn by a kill is skipped by `history`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with self.metrics.open("a+b") as file:
+            # A line torn by a kill must not take this one with it.
+            torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(values).encode() + b"\n")
 
     def history(self) -> list[dict[str, Any]]:
         """All metrics; where a resumed run wrote a step twice, the later line counts."""

@@ -5,11 +5,13 @@ stages in this process, since importing torch and diffusers costs more than the 
 """
 
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from lorabooth.errors import StageFailed
 from lorabooth.runs import RunDir
 
 STAGES = {
@@ -19,14 +21,6 @@ STAGES = {
     "export": ("train.export", "run", ("train", "export")),
 }
 """Stage -> module, function, and the words after `python -m`."""
-
-
-class StageFailed(Exception):
-    """A stage's process ended with this exit code; it has already said why."""
-
-    def __init__(self, code: int):
-        super().__init__(f"exit code {code}")
-        self.code = code
 
 
 def run_stage(name: str, run_dir: RunDir) -> None:
@@ -47,10 +41,11 @@ def run_stage(name: str, run_dir: RunDir) -> None:
         # The terminal sent Ctrl-C to the stage as well; it saves its state first.
         process.wait()
         raise
-    if code == 130:
+    # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
+    if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        raise StageFailed(code)
+        raise StageFailed(name, code)
 
 
 def load(module: str, attribute: str) -> Callable[..., Any]:

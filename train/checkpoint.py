@@ -33,10 +33,11 @@ class TrainState:
 def save_checkpoint(run: RunDir, state: TrainState) -> None:
     """Write the state durably, then drop all but the newest checkpoints."""
     folder = run.checkpoints / f"step-{state.step:06d}"
-    if folder.exists():
+    if verified(folder):
         return
+    for litter in (folder, *run.checkpoints.glob(".part-*")):  # a damaged checkpoint of this step, and what kills left
+        shutil.rmtree(litter, ignore_errors=True)
     part = run.checkpoints / f".part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         for name, tensors in _files(state).items():
@@ -55,7 +56,7 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
 def load_checkpoint(run: RunDir, state: TrainState) -> None:
     """Put the newest checkpoint that verifies into `state`; without one, `state` stays as it is."""
     for folder in _folders(run):
-        record = _verified(folder)
+        record = verified(folder)
         if record is None:
             continue
         _restore(state, {name: load_file(folder / name) for name in ("lora.safetensors", "ema.safetensors", "optimizer.safetensors")})
@@ -93,7 +94,8 @@ def _folders(run: RunDir) -> list[Path]:
     return sorted(run.checkpoints.glob("step-*"), reverse=True)
 
 
-def _verified(folder: Path) -> dict[str, Any] | None:
+def verified(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint whose files are what they were when it was written; None of any other."""
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         whole = all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())

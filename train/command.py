@@ -76,12 +76,14 @@ def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
 def train_run(photos: Path, config: TrainConfig, folder: Path) -> RunDir:
     """All stages in order; what is there already is not done again. Returns the finished run."""
     _check_source(photos, folder)
+    if not (folder / "config.json").exists():
+        stages.load("train.export", "check_model")(config)
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
         source = str(photos.resolve())
         if not (folder / "manifest.jsonl").exists():
+            run_dir.write_json("source.json", {"photos": source})  # first: a kill between the two must not lose where the photos came from
             _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
-            run_dir.write_json("source.json", {"photos": source})
     for stage in stages.STAGES:
         stages.run_stage(stage, run_dir)
     return run_dir
@@ -92,13 +94,13 @@ def _check_source(photos: Path, folder: Path) -> None:
     if not photos.exists():
         raise UserError(f"no such file or folder: {photos}", hint="give a zip or a folder of photos")
     record = RunDir(folder).read_json("source.json")
-    if record and record["photos"] != str(photos.resolve()):
+    if record and (folder / "manifest.jsonl").exists() and record["photos"] != str(photos.resolve()):
         raise UserError(f"the run {folder} was started from {record['photos']}, not from {photos}", hint="choose another folder with --out FOLDER")
 
 
 def default_folder(photos: Path, trigger_word: str) -> Path:
     """runs/TRIGGER-PHOTOS, so that the same command finds its run again."""
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}").strip("-.")
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}")[:60].strip("-.")
 
 
 def _say_licence(model: str) -> None:

@@ -71,7 +71,8 @@ class Sampler:
         for item in all_items:
             self.by_bucket[item.bucket].append(item)
         self.batch_size, self.seed = batch_size, seed
-        self.per_epoch = sum(-(-len(group) // batch_size) for group in self.by_bucket.values())
+        self.per_epoch = len(all_items)
+        """Batches in which each item is seen exactly `batch_size` times: so a shape of n items fills n whole batches."""
 
     def batch(self, index: int) -> list[Item]:
         """The items of the batch with this index, counted over all epochs."""
@@ -82,10 +83,7 @@ class Sampler:
         rng = random.Random(f"{self.seed}/{epoch}")
         batches = []
         for group in self.by_bucket.values():
-            order = rng.sample(group, len(group))
-            # A short last batch is filled from the start of the order: every batch has the same size and weight.
-            while len(order) % self.batch_size:
-                order.append(order[len(order) % len(group)])
+            order = [item for _ in range(self.batch_size) for item in rng.sample(group, len(group))]
             batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rng.shuffle(batches)
         return batches

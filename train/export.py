@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from lorabooth import __version__, hub
+from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
@@ -37,6 +38,12 @@ def run(run_dir: RunDir) -> Path:
     check_loads(run_dir.lora, len(keys))
     report.write(run_dir)
     return run_dir.lora
+
+
+def check_model(config: TrainConfig) -> None:
+    """Refuse a model or layers that training would refuse in its last stage, before a run is bound to them; needs no weights."""
+    load_family(config.model)
+    LoraSpec(config.lora_rank, config.alpha, config.targets).module_names(empty_transformer(config.model))
 
 
 def empty_transformer(model: str) -> FluxTransformer2DModel:

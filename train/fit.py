@@ -30,7 +30,7 @@ from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, publish
-from train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
 from train.data import Batch, Cache, Sampler, items
 from train.encode import preview_stem
 
@@ -76,8 +76,8 @@ def run(run_dir: RunDir) -> None:
 
 
 def finished(run_dir: RunDir) -> bool:
-    """Whether the last step is already in a checkpoint."""
-    return (run_dir.checkpoints / f"step-{run_dir.config.steps:06d}").exists()
+    """Whether the last step is already in a checkpoint that is whole."""
+    return verified(run_dir.checkpoints / f"step-{run_dir.config.steps:06d}") is not None
 
 
 def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Accelerator) -> Trainer:
@@ -159,6 +159,9 @@ def _loop(trainer: Trainer) -> None:
             if main and not stopped and config.preview_every and (last or state.step % config.preview_every == 0):
                 preview(trainer)
             if stopped:
+                # Asked again: the signal may have come during the preview, after the question above.
+                if main:
+                    save_checkpoint(trainer.run, state)
                 raise KeyboardInterrupt
 
 
