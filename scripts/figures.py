@@ -1,0 +1,69 @@
+"""`python -m scripts.figures`: write the measured figures from benchmarks/results/ into the README, the card and docs/BENCHMARKS.md.
+
+Each table stands between `<!-- name -->` and `<!-- end -->`, so that no figure is typed by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results")
+
+
+def mini_table(mini: dict[str, Any]) -> str:
+    """Attributes right on unseen descriptions, VAE, time."""
+    right = mini["attributes_right"]
+    rows = [f"| {name.replace('_', ' ')} | {share:.1%} |" for name, share in right.items()]
+    rows += [f"| VAE on unseen drawings | {mini['vae_psnr_db']:.1f} dB PSNR |", f"| one 128 px picture, {mini['steps']} steps, two threads | {mini['seconds_a_picture']:.2f} s |"]
+    return "\n".join([f"| on {mini['descriptions']} unseen descriptions | right |", "|---|---|", *rows])
+
+
+def likeness_table(record: dict[str, Any]) -> str:
+    """Identity and scene of each held-out person, before and after training, and how much of them shows without the trigger."""
+    rows = ["| person | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on | training and encoding |", "|---|---|---|---|---|---|"]
+    for name, row in record["people"].items():
+        rows.append(
+            f"| {name} | {row['before']['identity']:.0%} | {row['after']['identity']:.0%} | {row['after']['scene']:.0%} | {row['bleed']['identity']:.0%} "
+            f"| {row['train_seconds']:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
+def summary_table(mini: dict[str, Any], record: dict[str, Any]) -> str:
+    """What a newcomer wants to know, for the README."""
+    rows = list(record["people"].values())
+    right = {name: share for name, share in mini["attributes_right"].items() if name != "all"}
+    mean = {key: sum(r[key[0]][key[1]] for r in rows) / len(rows) for key in (("before", "identity"), ("after", "identity"), ("after", "scene"))}
+    return "\n".join(
+        [
+            "| on the mini model, two CPU cores | measured |",
+            "|---|---|",
+            f"| a LoRA from 12 photos of a person it never saw | {sum(r['train_seconds'] for r in rows) / len(rows):.0f} s |",
+            f"| identity right in new scenes (hair, its colour, skin, glasses, beard): without the LoRA, with it | {mean['before', 'identity']:.0%}, {mean['after', 'identity']:.0%} |",
+            f"| scene right (clothes, colour, mouth, eyes, background) | {mean['after', 'scene']:.0%} |",
+            f"| the base on {mini['descriptions']} unseen descriptions: mean attribute right, worst, all ten at once "
+            f"| {sum(right.values()) / len(right):.0%}, {min(right.values()):.0%}, {mini['attributes_right']['all']:.0%} |",
+            f"| one 128 px picture | {mini['seconds_a_picture']:.2f} s |",
+        ]
+    )
+
+
+def insert(file: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between the marks of each table."""
+    text = file.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
+    file.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Read the results and fill in the documents."""
+    mini, likeness = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("mini", "likeness"))
+    insert(Path("README.md"), {"summary": summary_table(mini, likeness)})
+    insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
+    insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness)})
+
+
+if __name__ == "__main__":
+    main()
