@@ -15,13 +15,19 @@ def mini_table(mini: dict[str, Any]) -> str:
     """Attributes right on unseen descriptions, VAE, time."""
     right = mini["attributes_right"]
     rows = [f"| {name.replace('_', ' ')} | {share:.1%} |" for name, share in right.items()]
-    rows += [f"| VAE on unseen drawings | {mini['vae_psnr_db']:.1f} dB PSNR |", f"| one 128 px picture, {mini['steps']} steps, two threads | {mini['seconds_a_picture']:.2f} s |"]
+    rows += [
+        f"| VAE on unseen drawings | {mini['vae_psnr_db']:.1f} dB PSNR |",
+        f"| one 128 px picture, {mini['steps']} steps, two threads | {mini['seconds_a_picture']:.2f} s |",
+    ]
     return "\n".join([f"| on {mini['descriptions']} unseen descriptions | right |", "|---|---|", *rows])
 
 
 def likeness_table(record: dict[str, Any]) -> str:
     """Identity and scene of each held-out person, before and after training, and how much of them shows without the trigger."""
-    rows = ["| person | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on | training and encoding |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| person | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on | training and encoding |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in record["people"].items():
         rows.append(
             f"| {name} | {row['before']['identity']:.0%} | {row['after']['identity']:.0%} | {row['after']['scene']:.0%} | {row['bleed']['identity']:.0%} "
