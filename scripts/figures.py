@@ -46,7 +46,8 @@ def summary_table(mini: dict[str, Any], record: dict[str, Any]) -> str:
             "| on the mini model, two CPU cores | measured |",
             "|---|---|",
             f"| a LoRA from 12 photos of a person it never saw | {sum(r['train_seconds'] for r in rows) / len(rows):.0f} s |",
-            f"| identity right in new scenes (hair, its colour, skin, glasses, beard): without the LoRA, with it | {mean['before', 'identity']:.0%}, {mean['after', 'identity']:.0%} |",
+            "| identity right in new scenes (hair, its colour, skin, glasses, beard): without the LoRA, with it "
+            f"| {mean['before', 'identity']:.0%}, {mean['after', 'identity']:.0%} |",
             f"| scene right (clothes, colour, mouth, eyes, background) | {mean['after', 'scene']:.0%} |",
             f"| the base on {mini['descriptions']} unseen descriptions: mean attribute right, worst, all ten at once "
             f"| {sum(right.values()) / len(right):.0%}, {min(right.values()):.0%}, {mini['attributes_right']['all']:.0%} |",

@@ -98,7 +98,7 @@ class Flux1:
         """The licence by the model's name; an unknown fine-tune is taken to carry the stricter one."""
         if self.model == "mini":
             return LICENCES["mini"]
-        return LICENCES["schnell" if "schnell" in self.model.lower() else "dev"]
+        return LICENCES["schnell" if "schnell" in Path(self.model).name.lower() else "dev"]
 
     @cached_property
     def native_px(self) -> int:
