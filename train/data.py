@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -118,7 +118,5 @@ def cached_key(path: Path) -> str:
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("key", "")
-    except Exception as error:  # safetensors raises its own SafetensorError, not an OSError, for a damaged file
-        if type(error).__name__ not in ("SafetensorError", "FileNotFoundError"):
-            raise
+    except (SafetensorError, OSError):  # damaged, or not there
         return ""
