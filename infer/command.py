@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from textwrap import shorten
 
 import click
 from tqdm import tqdm
@@ -43,6 +44,7 @@ def generate(
     """Make pictures from PROMPT, with the trigger word of a LoRA in it.
 
     Writes out-0.webp, out-1.webp ... and, for more than one, contact-sheet.png. Each file carries its parameters.
+    Pictures that are in the folder already are kept: the numbers go on behind them.
 
     \b
     Example:
@@ -63,16 +65,18 @@ def generate(
 
 
 def write_pictures(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80) -> list[dict[str, str | int]]:
-    """Generate and write out-0, out-1 ... and a contact sheet; the files and their seeds."""
+    """Generate and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
     files: list[dict[str, str | int]] = []
     shown = []
+    taken = [int(match.group(1)) for file in out.glob("out-*") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
+    first = max(taken, default=-1) + 1
     with tqdm(total=request.num_outputs * request.num_inference_steps, desc="generate", unit="step") as bar:
 
         def advance(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
         for i, output in enumerate(engine.generate(request, choices, advance)):
-            file = out / f"out-{i}.{form}"
+            file = out / f"out-{first + i}.{form}"
             picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
             files.append({"file": str(file), "seed": output.seed})
             shown.append((output.image, f"seed {output.seed}"))
@@ -88,7 +92,10 @@ def base_of(choices: tuple[LoraChoice, ...]) -> str:
     named = {choice.file.metadata["lorabooth.base"] for choice in choices if choice.file.metadata.get("lorabooth.base")}
     if len(named) > 1:
         raise UserError(f"these LoRAs are of different base models: {', '.join(sorted(named))}", hint="use LoRAs of one base model")
-    return named.pop() if named else "black-forest-labs/FLUX.1-dev"
+    base = named.pop() if named else "black-forest-labs/FLUX.1-dev"
+    if base != "mini" and "/" not in base:
+        raise UserError(f"the LoRA was trained on a local folder named {base!r}", hint="say where it is with --model FOLDER")
+    return base
 
 
 def _notices(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], drawn_seed: bool) -> None:
@@ -96,7 +103,7 @@ def _notices(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], 
         click.echo(f"Using seed: {request.seed}", err=True)
     cut = engine.family.cut(request.prompt)
     if cut:
-        click.echo(f"note: the prompt is too long for this model; it will not see: {cut}", err=True)
+        click.echo(f"note: the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}", err=True)
     for choice in choices:
         trigger = choice.file.trigger_word
         if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", request.prompt, re.ASCII):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from infer.loras import LoraChoice
 from infer.request import Request
 from lorabooth import sampling
-from lorabooth.device import base_dtype, check_memory, compute_device
+from lorabooth.device import base_dtype, check_gpu, check_memory, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(self, model: str):
         self.family = load_family(model)
+        check_gpu(self.family.native_px, model)
         self.device = compute_device()
         self.dtype = base_dtype(self.device)
         self._transformer: FluxTransformer2DModel | None = None

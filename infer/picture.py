@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 from infer.loras import LoraChoice
 from infer.request import Request
 from lorabooth import __version__
+from lorabooth.hub import display_name
 from lorabooth.runs import write_durable
 
 SHEET_COLUMNS = 4
@@ -32,7 +33,7 @@ class Making:
         r = self.request
         return {
             "prompt": r.prompt, "seed": self.seed, "num_inference_steps": r.num_inference_steps, "guidance_scale": r.guidance_scale,
-            "width": r.width_px, "height": r.height_px, "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
+            "width": r.width_px, "height": r.height_px, "model": display_name(self.model),
             "loras": [{"name": c.file.name, "sha256": c.file.sha256, "weight": c.weight} for c in self.loras], "lorabooth": __version__,
         }  # fmt: skip
 

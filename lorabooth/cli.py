@@ -94,7 +94,7 @@ def cli() -> None:
       lorabooth demo
     Example, with a CUDA GPU:
       lorabooth train photos.zip --trigger TOK
-      lorabooth generate "a portrait of TOK as a chef" --lora runs/TOK
+      lorabooth generate "a portrait of TOK as a chef" --lora runs/TOK-photos
     """
 
 
@@ -136,6 +136,13 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
             raise
         what, hint = MACHINE_FAILURES[error.errno]
         return _fail(f"lorabooth: {what}" + (f": {error.filename}" if error.filename else ""), hint)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for nothing here imports torch
+            raise
+        return _fail(
+            "lorabooth: the GPU's memory is used up; what was saved is kept",
+            "train with --resolution 512 --batch-size 1, generate smaller pictures, or stop other programs on the GPU (nvidia-smi lists them)",
+        )
 
 
 def _run_group(arguments: list[str]) -> int | None:

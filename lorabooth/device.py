@@ -15,6 +15,12 @@ def base_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def check_gpu(native_px: int, model: str) -> None:
+    """A UserError at once where a model of FLUX's size would be loaded for a CPU: 48 GB in fp32, and hours a picture."""
+    if native_px >= 512 and not torch.cuda.is_available():
+        raise UserError(f"{model} needs a CUDA GPU, and torch finds none", hint="lorabooth doctor says why; --model mini runs on a CPU")
+
+
 def check_memory(needed_bytes: int, what: str, hint: str) -> None:
     """A UserError at once where the free GPU memory cannot hold `needed_bytes`, instead of a failure minutes later."""
     if not torch.cuda.is_available():

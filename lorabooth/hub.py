@@ -31,6 +31,11 @@ def model_folder(model: str) -> Path | None:
     return None
 
 
+def display_name(model: str) -> str:
+    """What files say of their base: a hub name as it is, of a local folder only the last part, so that no path travels."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
 def fetch(model: str, *patterns: str) -> Path:
     """A local folder that holds the files of `model` that match `patterns` (such as 'vae/*'), downloaded once if need be."""
     folder = model_folder(model)

@@ -139,7 +139,11 @@ def _gpu(number: int) -> Gpu:
     import torch
 
     properties = torch.cuda.get_device_properties(number)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(number)
+    total_bytes = properties.total_memory
+    try:
+        free_bytes = torch.cuda.mem_get_info(number)[0]
+    except RuntimeError:  # asking takes some memory itself: a full GPU, or one that another process holds alone
+        free_bytes = 0
     capability = (properties.major, properties.minor)
     # In hardware: bf16 since Ampere (8.0), fp8 since Ada (8.9).
     return Gpu(properties.name, f"{properties.major}.{properties.minor}", total_bytes, free_bytes, bf16=capability >= (8, 0), fp8=capability >= (8, 9))

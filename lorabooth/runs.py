@@ -68,11 +68,15 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "RunDir":
-        """Open the run at `path`, or start it with this recipe. A run that has another recipe is refused."""
+        """Open the run at `path`, or start it with this recipe. A run that has another recipe is refused, unless its photos
+        could not be taken in: then nothing has been made with the old one, and the new one replaces it."""
         run = cls(path)
         if (path / "config.json").exists():
             changed = _changes(run.config, config)
-            if changed:
+            if changed and not (path / "manifest.jsonl").exists():
+                with run.locked():
+                    run._write_config(config)
+            elif changed:
                 raise UserError(
                     f"the run {path} has another recipe: {'; '.join(changed)}",
                     hint="give those values again to go on with it, or start a new run with --out FOLDER",
@@ -80,7 +84,7 @@ class RunDir:
             return run
         if path.exists() and (not path.is_dir() or any(file.suffix != ".part" for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a lorabooth run", hint="choose another folder with --out FOLDER")
-        write_durable(path / "config.json", config.model_dump_json(indent=1).encode())
+        run._write_config(config)
         return run
 
     @classmethod
@@ -97,6 +101,9 @@ class RunDir:
             return TrainConfig.model_validate_json((self.path / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{self.path / 'config.json'} is damaged or of another version", hint="start a new run with --out FOLDER") from error
+
+    def _write_config(self, config: TrainConfig) -> None:
+        write_durable(self.path / "config.json", config.model_dump_json(indent=1).encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """A durable JSON file in the run folder."""

@@ -35,14 +35,18 @@ def run_stage(name: str, run_dir: RunDir) -> None:
             stage(run_dir)
         return
     process = subprocess.Popen([sys.executable, "-m", words[0], *words[1:], str(run_dir.path)])
+    # Unlike Ctrl-C, a SIGTERM (kill, docker stop) reaches this process only; without passing it on the stage would be an orphan.
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     try:
         code = process.wait()
     except KeyboardInterrupt:
         # The terminal sent Ctrl-C to the stage as well; it saves its state first.
         process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
-    if code in (130, -signal.SIGINT):
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise StageFailed(name, code)

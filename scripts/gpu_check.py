@@ -143,6 +143,7 @@ def check(what: str, steps: int, size: Size, device: torch.device, checkpointing
         if what in ("train", "all"):
             run = write_run(Path(folder) / "run", family.model, size, base_dtype(device), checkpointing)
             record["rows"] += time_training(run, family, size, accelerator, steps, rate)
+            accelerator.free_memory()  # it keeps what it prepared: a second transformer in the next figure
             forget(device)
         if what in ("generate", "all"):
             record["rows"] += time_generating(family, size, device, rate)

@@ -138,6 +138,21 @@ def test_a_component_loads_from_its_own_files_alone(folder: Path, tmp_path: Path
         Flux1(str(tmp_path)).text_encoders(CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("component", "file"), [("transformer", "config.json"), ("transformer", "diffusion_pytorch_model.safetensors"), ("text_encoder_2", "model.safetensors")]
+)
+def test_a_component_whose_files_are_damaged_or_missing_is_named(folder: Path, tmp_path: Path, component: str, file: str):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    load = {"transformer": Flux1(str(tmp_path)).transformer, "text_encoder_2": Flux1(str(tmp_path)).text_encoders}[component]
+    path = tmp_path / component / file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"its {component} cannot be loaded: "):
+        load(CPU, torch.float32)
+    path.unlink()
+    with pytest.raises(UserError, match=f"its {component} cannot be loaded: "):
+        load(CPU, torch.float32)
+
+
 def test_prompts_become_conditioning_of_a_fixed_length(family: Flux1):
     encoders = family.text_encoders(CPU, torch.float32)
     length = t5_length(encoders.tokenizer_2)

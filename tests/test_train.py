@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 
 from infer.engine import Engine
 from infer.loras import resolve
@@ -26,13 +26,14 @@ from infer.request import Request
 from lorabooth import stages
 from lorabooth.cli import main
 from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.photos import Bucket, ingest
+from lorabooth.photos import Bucket, Manifest, ingest
 from lorabooth.runs import RunDir
 from train import encode, fit
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.command import recipe_config, train
-from train.data import Cache, Item, Sampler
+from train.data import Cache, Item, Sampler, cached_key, stem, write_cached
 
 SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
 
@@ -321,6 +322,15 @@ def test_without_a_checkpoint_that_is_whole_training_starts_at_the_first_step(ru
     trainer = trainer_of(run)
     load_checkpoint(run, trainer.state)
     assert trainer.state.step == 0
+    save_checkpoint(run, trainer.state)
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000000"], "the newest good one must not give way to damaged ones"
+
+
+def test_a_cache_file_that_is_missing_in_the_fit_stage_is_one_sentence(run: RunDir):
+    shutil.rmtree(run.checkpoints)
+    (run.cache / "00001.text.safetensors").unlink()
+    with pytest.raises(UserError, match=r"00001\.text\.safetensors is missing or damaged"):
+        fit.run(run)
 
 
 def test_a_damaged_last_checkpoint_is_trained_again_and_never_exported(run: RunDir, tiny_run: Path, tiny_command: list[str]):
@@ -332,14 +342,15 @@ def test_a_damaged_last_checkpoint_is_trained_again_and_never_exported(run: RunD
 
 def test_a_damaged_cache_file_is_encoded_again_and_the_others_are_kept(run: RunDir):
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.cache.iterdir()}
-    cut, empty, missing = "00001-64x64.safetensors", "00002.text.safetensors", "trigger.text.safetensors"
+    cut, empty, missing, flipped = "00001-64x64.safetensors", "00002.text.safetensors", "trigger.text.safetensors", "00003-64x64.safetensors"
+    flip_bit(run.cache / flipped)
     (run.cache / cut).write_bytes(before[cut][0][:-10])
     (run.cache / empty).write_bytes(b"")
     (run.cache / missing).unlink()
     encode.run(run)
     for file in run.cache.iterdir():
         content, written = before[file.name]
-        if file.name in (cut, empty, missing):
+        if file.name in (cut, empty, missing, flipped):
             old, new = load(content), load_file(file)
             # The other texts of the batch are another length of computation: equal to rounding, not to the bit.
             assert all(torch.allclose(old[k], new[k], rtol=1e-4, atol=1e-5) for k in old)
@@ -366,14 +377,13 @@ def test_a_loss_that_is_not_finite_names_the_photo_and_writes_no_lora(tiny_comma
         stages.run_stage(stage, run)
     # The photo of the second step, so that a checkpoint of the first one exists.
     [poisoned] = trainer_of(run).sampler.batch(1)
+    [original] = [photo.original for photo in Manifest.load(run.path).photos if stem(photo) == poisoned.photo]
     file = run.cache / poisoned.latents_name
-    with safe_open(file, "pt") as reader:
-        metadata = reader.metadata()
-    save_file({"latents": torch.full_like(load_file(file)["latents"], torch.nan)}, file, metadata=metadata)
+    write_cached(file, {"latents": torch.full_like(load_file(file)["latents"], torch.nan)}, cached_key(file))
     capsys.readouterr()
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "nan at step 2" in said and poisoned.photo in said and "Traceback" not in said
+    assert "nan at step 2" in said and f"(photos {original})" in said and "Traceback" not in said
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000001"]
     assert all(torch.isfinite(t).all() for t in load_file(run.checkpoints / "step-000001" / "lora.safetensors").values())
     assert not run.lora.exists()

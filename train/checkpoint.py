@@ -49,7 +49,8 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
     except BaseException:  # a full disk, Ctrl-C: the older checkpoint stays, no litter beside it
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for old in _folders(run)[KEPT:]:
+    later = [other for other in _folders(run) if other.name > folder.name]  # damaged, or the run would stand behind them
+    for old in (*later, *_folders(run)[len(later) + KEPT :]):
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -63,7 +63,7 @@ def train(photos: Path, recipe: Path | None, out: Path | None, as_json: bool, **
         return
     click.echo(f"LoRA:   {run_dir.lora}\nreport: {report}")
     _say_licence(config.model)
-    click.echo(f'next:   lorabooth generate "a portrait of {config.trigger_word}" --lora {run_dir.path}')
+    click.echo(f"next:   {stages.load('train.report', 'generate_command')(run_dir)}")
 
 
 def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
@@ -76,14 +76,18 @@ def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
 def train_run(photos: Path, config: TrainConfig, folder: Path) -> RunDir:
     """All stages in order; what is there already is not done again. Returns the finished run."""
     _check_source(photos, folder)
-    if not (folder / "config.json").exists():
+    if not (folder / "manifest.jsonl").exists():
         stages.load("train.export", "check_model")(config)
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
         source = str(photos.resolve())
         if not (folder / "manifest.jsonl").exists():
-            run_dir.write_json("source.json", {"photos": source})  # first: a kill between the two must not lose where the photos came from
+            run_dir.write_json(
+                "source.json", {"photos": source, "state": _state(photos)}
+            )  # first: a kill between the two must not lose where the photos came from
             _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
+        elif (run_dir.read_json("source.json") or {}).get("state") != _state(photos):
+            _say((f"{photos} has changed since this run took it in and is not read again; for the new photos start a run with --out FOLDER",))
     for stage in stages.STAGES:
         stages.run_stage(stage, run_dir)
     return run_dir
@@ -96,6 +100,12 @@ def _check_source(photos: Path, folder: Path) -> None:
     record = RunDir(folder).read_json("source.json")
     if record and (folder / "manifest.jsonl").exists() and record["photos"] != str(photos.resolve()):
         raise UserError(f"the run {folder} was started from {record['photos']}, not from {photos}", hint="choose another folder with --out FOLDER")
+
+
+def _state(photos: Path) -> list[list[Any]]:
+    """Name, bytes and time of each file: differs where the photos may have changed."""
+    files = sorted(file for file in photos.rglob("*") if file.is_file()) if photos.is_dir() else [photos]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def default_folder(photos: Path, trigger_word: str) -> Path:

@@ -4,6 +4,7 @@ The order is a pure function of the seed and the step, so a resumed run needs no
 would have drawn without the interruption.
 """
 
+import hashlib
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.photos import Bucket, Manifest, Photo
-from lorabooth.runs import RunDir
+from lorabooth.runs import RunDir, write_durable
 
 TRIGGER_ONLY = "trigger"
 """Stem of the cached conditioning of the bare trigger word: what a dropped caption trains on."""
@@ -98,7 +100,10 @@ class Cache:
 
     def _file(self, name: str) -> dict[str, Tensor]:
         if name not in self._kept:
-            self._kept[name] = load_file(self.folder / name)
+            try:
+                self._kept[name] = load_file(self.folder / name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.folder / name} is missing or damaged", hint=f"make it with: python -m train encode {self.folder.parent}") from error
         return self._kept[name]
 
     def conditioning(self, stems: list[str]) -> Conditioning:
@@ -113,10 +118,25 @@ class Cache:
         return Batch(latents, self.conditioning(stems), tuple(item.photo for item in picked))
 
 
+def write_cached(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Write a cache file; `key` says what its tensors were made from."""
+    stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_durable(path, save(stored, metadata={"key": key, "sha256": _digest(stored)}))
+
+
 def cached_key(path: Path) -> str:
-    """What a cache file was made from; empty where there is no readable file."""
+    """What a cache file was made from; empty where there is no file, or one whose tensors are not what was written."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("key", "")
+            metadata = file.metadata() or {}
+            whole = metadata.get("sha256") == _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError):  # damaged, or not there
         return ""
+    return metadata.get("key", "") if whole else ""
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()

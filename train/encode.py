@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,8 +16,8 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Flux1
 from lorabooth.photos import Manifest, fit
-from lorabooth.runs import RunDir, sha256_file, write_durable
-from train.data import EMPTY, TRIGGER_ONLY, Item, cached_key, items, stem, text_name
+from lorabooth.runs import RunDir, sha256_file
+from train.data import EMPTY, TRIGGER_ONLY, Item, cached_key, items, stem, text_name, write_cached
 
 TEXT_BATCH = 8
 
@@ -65,7 +64,7 @@ def _encode_pictures(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None
         if sha256_file(file) != sha256[item.photo]:
             raise UserError(f"{file} has changed since it was taken in", hint="start a new run with --out FOLDER")
         latents = family.encode_pictures(vae, pixels(file, item))[0].float().cpu()
-        _write(run_dir, item.latents_name, {"latents": latents}, keys[item])
+        write_cached(run_dir.cache / item.latents_name, {"latents": latents}, keys[item])
     del vae
     _free()
 
@@ -88,17 +87,13 @@ def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
     for chunk in tqdm(list(_chunks(missing, TEXT_BATCH)), desc="encode captions", unit="batch"):
         encoded = family.encode_prompts(encoders, [wanted[name] for name in chunk])
         for i, name in enumerate(chunk):
-            _write(run_dir, text_name(name), {"embeds": encoded.embeds[i], "pooled": encoded.pooled[i]}, keys[name])
+            write_cached(run_dir.cache / text_name(name), {"embeds": encoded.embeds[i], "pooled": encoded.pooled[i]}, keys[name])
     del encoders
     _free()
 
 
 def _chunks(values: list[str], size: int) -> Iterator[list[str]]:
     return (values[i : i + size] for i in range(0, len(values), size))
-
-
-def _write(run_dir: RunDir, name: str, tensors: dict[str, Tensor], key: str) -> None:
-    write_durable(run_dir.cache / name, save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"key": key}))
 
 
 def _free() -> None:

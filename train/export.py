@@ -11,12 +11,13 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from lorabooth import __version__, hub
 from lorabooth.config import TrainConfig
+from lorabooth.device import check_gpu
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
 from lorabooth.runs import RunDir, sha256_file
 from train import report
-from train.fit import final_weights, finished
+from train.fit import checkpoint_of, final_weights, finished
 
 
 def run(run_dir: RunDir) -> Path:
@@ -42,7 +43,7 @@ def run(run_dir: RunDir) -> Path:
 
 def check_model(config: TrainConfig) -> None:
     """Refuse a model or layers that training would refuse in its last stage, before a run is bound to them; needs no weights."""
-    load_family(config.model)
+    check_gpu(load_family(config.model).native_px, config.model)
     LoraSpec(config.lora_rank, config.alpha, config.targets).module_names(empty_transformer(config.model))
 
 
@@ -55,7 +56,7 @@ def empty_transformer(model: str) -> FluxTransformer2DModel:
 def metadata(run_dir: RunDir) -> dict[str, str]:
     """What the file says of itself, by the names other tools read (modelspec.*, ss_*) and our own recipe; no path, no photo."""
     config, family = run_dir.config, load_family(run_dir.config.model)
-    base = Path(config.model).name if Path(config.model).is_dir() else config.model
+    base = hub.display_name(config.model)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "flux-1-dev/lora",
@@ -64,7 +65,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
         "modelspec.trigger_phrase": config.trigger_word,
         "modelspec.usage_hint": f"put {config.trigger_word} in the prompt",
         "modelspec.license": family.licence.name,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.date": trained_at(run_dir).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
         "ss_network_dim": str(config.lora_rank),
@@ -77,6 +78,11 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
         "lorabooth.base_sha256": base_sha256(config.model),
         "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
     }
+
+
+def trained_at(run_dir: RunDir) -> datetime:
+    """When the last step was saved: a second export of a run is the same file, and pictures that name its hash still do."""
+    return datetime.fromtimestamp((checkpoint_of(run_dir) / "state.json").stat().st_mtime, UTC)
 
 
 def base_sha256(model: str) -> str:

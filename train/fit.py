@@ -1,7 +1,7 @@
 """Stage: caches -> LoRA weights. Loads the transformer only (and, for a moment at each preview, the VAE).
 
-Loss: rectified flow (lorabooth/flow.py), as in diffusers' train_dreambooth_lora_flux.py with weighting "none":
-sigma ~ logit-normal, x = (1 - sigma) x_0 + sigma noise, target = noise - x_0, guidance embedding 1.0.
+Loss: rectified flow (lorabooth/flow.py), as in diffusers' train_dreambooth_lora_flux.py with weighting "logit_normal":
+sigma ~ logit-normal, x = (1 - sigma) x_0 + sigma noise, target = noise - x_0, guidance embedding 1.0, each sigma weighing the same.
 """
 
 import gc
@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -26,12 +27,12 @@ from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, check_memory, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
+from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, GUIDANCE_IN_TRAINING, Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, publish
 from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
-from train.data import Batch, Cache, Sampler, items
+from train.data import Batch, Cache, Sampler, items, stem
 from train.encode import preview_stem
 
 LOG_EVERY = 10
@@ -77,7 +78,12 @@ def run(run_dir: RunDir) -> None:
 
 def finished(run_dir: RunDir) -> bool:
     """Whether the last step is already in a checkpoint that is whole."""
-    return verified(run_dir.checkpoints / f"step-{run_dir.config.steps:06d}") is not None
+    return verified(checkpoint_of(run_dir)) is not None
+
+
+def checkpoint_of(run_dir: RunDir) -> Path:
+    """The folder of the last step's checkpoint."""
+    return run_dir.checkpoints / f"step-{run_dir.config.steps:06d}"
 
 
 def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Accelerator) -> Trainer:
@@ -170,8 +176,9 @@ def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]],
     for step, loss, photos in pending:
         value = loss.item()
         if not math.isfinite(value):
+            names = {stem(photo): photo.original for photo in Manifest.load(trainer.run.path).photos}
             raise UserError(
-                f"the loss became {value} at step {step} (photos {', '.join(photos)}); training stopped, the last checkpoint is kept",
+                f"the loss became {value} at step {step} (photos {', '.join(names[p] for p in photos)}); training stopped, the last checkpoint is kept",
                 hint="lower --learning-rate and start a new run, or look at those photos",
             )
         average = value if math.isnan(average) else 0.95 * average + 0.05 * value
@@ -187,7 +194,7 @@ def preview(trainer: Trainer) -> None:
     config, family, run_dir = trainer.config, trainer.family, trainer.run
     if not config.preview_every:
         return
-    px = min(max(config.resolutions_px), family.native_px)
+    px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
     raw = trainer.raw
     raw.eval()
     latents = []
@@ -239,5 +246,5 @@ def _nothing() -> Iterator[None]:
 
 def final_weights(run_dir: RunDir) -> list[Tensor]:
     """The averaged LoRA weights of the last checkpoint, in the parameters' order."""
-    state = load_file(run_dir.checkpoints / f"step-{run_dir.config.steps:06d}" / "ema.safetensors")
+    state = load_file(checkpoint_of(run_dir) / "ema.safetensors")
     return [state[str(i)] for i in range(len(state))]

@@ -3,6 +3,7 @@
 import base64
 import html
 import re
+import shlex
 from pathlib import Path
 
 from lorabooth.runs import RunDir, write_durable
@@ -20,12 +21,18 @@ def write(run: RunDir) -> Path:
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.trigger_word)} - lorabooth run</title><style>{STYLE}</style>'
         f"<h1>{html.escape(config.trigger_word)}</h1><p>A LoRA of {html.escape(config.model)}, {config.steps} steps. Use it: "
-        f"<code>lorabooth generate &quot;a portrait of {html.escape(config.trigger_word)}&quot; --lora {html.escape(str(run.path))}</code></p>"
+        f"<code>{html.escape(generate_command(run))}</code></p>"
         f"<h2>Previews</h2>{_previews(run)}<h2>Loss</h2>{loss_curve(run)}<h2>Recipe</h2><table>{rows}</table></html>"
     )
     file = run.path / "report.html"
     write_durable(file, page.encode())
     return file
+
+
+def generate_command(run: RunDir) -> str:
+    """What to type next. A base in a local folder must be named: the LoRA does not carry its path."""
+    model = f" --model {shlex.quote(run.config.model)}" if Path(run.config.model).expanduser().is_dir() else ""
+    return f'lorabooth generate "a portrait of {run.config.trigger_word}" --lora {shlex.quote(str(run.path))}{model}'
 
 
 def data_uri(picture: Path) -> str:

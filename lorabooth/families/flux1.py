@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -85,6 +86,10 @@ class Conditioning:
         return Conditioning(self.embeds.to(device, dtype), self.pooled.to(device, dtype))
 
 
+Part = TypeVar("Part")
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
 class Flux1:
     """A FLUX.1 model by reference: 'mini', a local folder, or a hub repository."""
 
@@ -112,19 +117,19 @@ class Flux1:
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder, frozen."""
-        return _frozen(AutoencoderKL.from_pretrained(self._folder("vae"), torch_dtype=dtype), device)
+        return _frozen(self._load(AutoencoderKL, "vae", torch_dtype=dtype), device)
 
     def transformer(self, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
         """The transformer, frozen."""
-        return _frozen(FluxTransformer2DModel.from_pretrained(self._folder("transformer"), torch_dtype=dtype), device)
+        return _frozen(self._load(FluxTransformer2DModel, "transformer", torch_dtype=dtype), device)
 
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         """Both text encoders, frozen, with their tokenizers."""
         return TextEncoders(
-            CLIPTokenizer.from_pretrained(self._folder("tokenizer")),
-            T5Tokenizer.from_pretrained(self._folder("tokenizer_2")),
-            _frozen(CLIPTextModel.from_pretrained(self._folder("text_encoder"), dtype=dtype, use_safetensors=True), device),
-            _frozen(T5EncoderModel.from_pretrained(self._folder("text_encoder_2"), dtype=dtype, use_safetensors=True), device),
+            self._load(CLIPTokenizer, "tokenizer"),
+            self._load(T5Tokenizer, "tokenizer_2"),
+            _frozen(self._load(CLIPTextModel, "text_encoder", dtype=dtype, use_safetensors=True), device),
+            _frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), device),
         )
 
     @torch.no_grad()
@@ -138,9 +143,9 @@ class Flux1:
 
     def cut(self, prompt: str) -> str:
         """The end of a prompt that does not fit T5's length and will not be seen; empty where all fits."""
-        tokenizer = T5Tokenizer.from_pretrained(self._folder("tokenizer_2"))
+        tokenizer = self._load(T5Tokenizer, "tokenizer_2")
         ids, length = tokenizer(prompt).input_ids, t5_length(tokenizer)
-        return tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else ""
+        return str(tokenizer.decode(ids[length - 1 : -1])) if len(ids) > length else ""
 
     @torch.no_grad()
     def encode_pictures(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
@@ -184,16 +189,21 @@ class Flux1:
         """Sampling noise levels [steps + 1] for a number of image tokens."""
         return flow.schedule(steps, flow.resolution_mu(tokens, **self.shift_config))
 
-    def _folder(self, component: str) -> Path:
-        return hub.component_folder(self.model, component)
+    def _load(self, part: type[Part], component: str, **options: Any) -> Part:
+        """One component by its class; a UserError where its files are missing, damaged or of another class."""
+        folder = hub.component_folder(self.model, component)
+        try:
+            return part.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # what the libraries raise on such files
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.model}: its {component} cannot be loaded: {reason}", hint="download the model again, or check the folder") from error
 
 
 def t5_length(tokenizer: T5Tokenizer) -> int:
     """Padded prompt length in T5 tokens: the tokenizer's own, at most FLUX's 512."""
     return min(tokenizer.model_max_length, 512)
-
-
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def _frozen(module: Module, device: torch.device) -> Module:

@@ -21,6 +21,8 @@ from scripts.mini.text import WIDTH, caption, tokens
 from scripts.mini.vae import to_tensor
 
 BATCH = 64
+TOKEN_PX = 16
+"""Side of the square of picture that one image token holds: 8x by the VAE, 2 x 2 by packing."""
 GUIDANCE_RANGE = (1.0, 5.0)
 """Guidance scales the distilled model answers to; 3.5, the hosted default, lies well inside."""
 
@@ -49,12 +51,28 @@ def predict(transformer: FluxTransformer2DModel, x: Tensor, ids: Tensor, sigma: 
     )[0]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Batch:
+    """x_0 [B, N, 64], ids [N, 3], loss weights [N, 1] of mean 1, captions, and the T5 length to pad them to."""
+
+    x_0: Tensor
+    ids: Tensor
+    weights: Tensor
+    texts: list[str]
+    length: int
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error, weighted by token (`draw.importance`)."""
+        return (self.weights * (predicted.float() - target).square()).mean()
+
+
 @dataclass
 class Data:
-    """Latents by picture size, the people they show, and the frozen text encoders."""
+    """Latents by picture size, the people they show, the loss weights of their tokens, and the frozen text encoders."""
 
     latents: dict[tuple[int, int], Tensor]
     people: dict[tuple[int, int], list[world.Person]]
+    weights: dict[tuple[int, int], Tensor]
     clip: CLIPTokenizer
     t5: T5Tokenizer
     text_encoder: CLIPTextModel
@@ -66,8 +84,8 @@ class Data:
         clip, t5 = tokens(self.clip, self.t5, texts, length)
         return Condition(self.text_encoder_2(t5)[0], self.text_encoder(clip).pooler_output)
 
-    def batch(self, rng: random.Random, unsaid: float) -> tuple[Tensor, Tensor, list[str], int]:
-        """x_0 [B, N, 64], ids [N, 3], captions (a share `unsaid` of them empty), T5 length."""
+    def batch(self, rng: random.Random, unsaid: float) -> Batch:
+        """A batch of one picture size; a share `unsaid` of its captions is empty."""
         size = (128, 128) if rng.random() < 0.75 else rng.choice(list(self.latents))
         # FLUX has no text mask, so padding is seen; some longer padding keeps the model calm where a caller pads to 512.
         length = rng.choices((MAX_SEQUENCE_LENGTH, 128, 512), (92, 6, 2))[0]
@@ -75,15 +93,16 @@ class Data:
         picks = [rng.randrange(len(self.people[size])) for _ in range(count)]
         texts = ["" if rng.random() < unsaid else caption(self.people[size][i], rng) for i in picks]
         latents = self.latents[size][picks].to(device()).float()
-        return flow.pack(latents), flow.image_ids(latents.shape[2], latents.shape[3], device=device()), texts, length
+        return Batch(flow.pack(latents), flow.image_ids(latents.shape[2], latents.shape[3], device=device()), self.weights[size].to(device()), texts, length)
 
 
 @torch.no_grad()
 def load_data(work: Path, out: Path) -> Data:
     """Encode every drawing once (posterior means, scaled), in half precision; kept in a file for the next start."""
     vae = AutoencoderKL.from_pretrained(out / "vae").to(device()).eval()
-    latents, people = {}, {}
+    latents, people, weights = {}, {}, {}
     for size in world.SIZES_PX:
+        weights[size] = F.avg_pool2d(torch.from_numpy(draw.importance(size))[None], TOKEN_PX).reshape(-1, 1)
         file = work / f"latents-{size[0]}x{size[1]}.pt"
         pictures, people[size] = draw.load(work / "drawings", size)
         if not file.exists():
@@ -97,7 +116,7 @@ def load_data(work: Path, out: Path) -> Data:
     encoders = CLIPTextModel.from_pretrained(out / "text_encoder"), T5EncoderModel.from_pretrained(out / "text_encoder_2")
     for encoder in encoders:
         encoder.to(device()).eval().requires_grad_(False)
-    return Data(latents, people, CLIPTokenizer.from_pretrained(out / "tokenizer"), T5Tokenizer.from_pretrained(out / "tokenizer_2"), *encoders)
+    return Data(latents, people, weights, CLIPTokenizer.from_pretrained(out / "tokenizer"), T5Tokenizer.from_pretrained(out / "tokenizer_2"), *encoders)
 
 
 def noised(x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,41 +134,40 @@ def train(work: Path, out: Path, steps: int, picture_steps: int, seed: int) -> N
     data = load_data(work, out)
     torch.manual_seed(seed)
     transformer = new_transformer().to(device())
-    training = Training(transformer, work / "base.safetensors", peak=2e-3, steps=steps)
+    training = Training(transformer, work / "base.safetensors", peak=2e-3, steps=steps, orthogonal=True)
 
     def loss(rng: random.Random) -> Tensor:
-        x_0, ids, texts, length = data.batch(rng, unsaid=0.1 if training.step >= picture_steps else 1.0)
-        sigma, x, target = noised(x_0)
+        batch = data.batch(rng, unsaid=0.1 if training.step >= picture_steps else 1.0)
+        sigma, x, target = noised(batch.x_0)
         with compute():
-            predicted = predict(transformer, x, ids, sigma, torch.ones_like(sigma), data.encode(texts, length))
-        return F.mse_loss(predicted.float(), target)
+            predicted = predict(transformer, x, batch.ids, sigma, torch.ones_like(sigma), data.encode(batch.texts, batch.length))
+        return batch.loss(predicted, target)
 
     loop(training, loss, f"{seed}/base", "base")
 
 
 def distill(work: Path, out: Path, steps: int, seed: int) -> None:
     """Stage 6: classifier-free guidance folded into the guidance embedding (Meng et al. 2023, arXiv 2210.03142), so
-    that one forward a step is enough. The data's own velocity stays in the target, so that the base keeps learning:
-    target = (noise - x_0) + (g - 1) * (teacher(caption) - teacher(nothing))."""
+    that one forward a step is enough: target = teacher(nothing) + g * (teacher(caption) - teacher(nothing))."""
     data = load_data(work, out)
     transformer = new_transformer().to(device())
-    Training(transformer, work / "base.safetensors", peak=0, steps=1).load_ema()
+    Training(transformer, work / "base.safetensors", peak=0, steps=1, orthogonal=True).load_ema()
     teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
-    training = Training(transformer, work / "distill.safetensors", peak=1e-3, steps=steps)
+    training = Training(transformer, work / "distill.safetensors", peak=1e-3, steps=steps, ema_decay=0.99, orthogonal=True)
 
     def loss(rng: random.Random) -> Tensor:
-        x_0, ids, texts, length = data.batch(rng, unsaid=0.02)
-        sigma, x, target = noised(x_0)
+        batch = data.batch(rng, unsaid=0.02)
+        sigma, x, _ = noised(batch.x_0)
         low, high = GUIDANCE_RANGE
         one = torch.ones_like(sigma)
-        guidance = torch.where(torch.rand_like(sigma) < 0.25, one, torch.rand_like(sigma) * (high - low) + low)
+        guidance = torch.where(torch.rand_like(sigma) < 0.2, one, torch.rand_like(sigma) * (high - low) + low)
         with compute():
-            said = data.encode(texts, length)
+            said = data.encode(batch.texts, batch.length)
             with torch.no_grad():
-                nothing = data.encode([""] * len(texts), length)
-                direction = predict(teacher, x, ids, sigma, one, said).float() - predict(teacher, x, ids, sigma, one, nothing).float()
-            predicted = predict(transformer, x, ids, sigma, guidance, said)
-        return F.mse_loss(predicted.float(), target + (guidance - 1).view(-1, 1, 1) * direction)
+                nothing = data.encode([""] * len(batch.texts), batch.length)
+                without, given = (predict(teacher, x, batch.ids, sigma, one, condition).float() for condition in (nothing, said))
+            predicted = predict(transformer, x, batch.ids, sigma, guidance, said)
+        return batch.loss(predicted, without + guidance.view(-1, 1, 1) * (given - without))
 
     loop(training, loss, f"{seed}/distill", "distill")
 

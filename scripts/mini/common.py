@@ -45,25 +45,35 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 class Training:
-    """A module under training: AdamW, EMA of the weights, and a file that lets an interrupted stage go on."""
+    """A module under training: optimisers, EMA of the weights, and a file that lets an interrupted stage go on.
 
-    def __init__(self, module: nn.Module, file: Path, peak: float, steps: int, ema_decay: float = 0.999, betas: tuple[float, float] = (0.9, 0.99)):
+    orthogonal: the matrices inside transformer blocks go to Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
+    scaled so that AdamW's learning rate fits both (Liu et al. 2025, arXiv 2502.16982); everything else stays with AdamW.
+    """
+
+    def __init__(self, module: nn.Module, file: Path, peak: float, steps: int, ema_decay: float = 0.999, orthogonal: bool = False):
         self.module, self.file, self.peak, self.steps, self.ema_decay = module, file, peak, steps, ema_decay
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=betas, weight_decay=0.01, fused=True)
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        matrices = [p for n, p in named if orthogonal and "blocks." in n and p.ndim == 2]
+        rest = [p for p in self.parameters if not any(p is m for m in matrices)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+        if matrices:
+            self.optimizers.append(torch.optim.Muon(matrices, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.ema = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         self.step = 0
         if file.exists():
             self._load()
 
     def update(self, loss: torch.Tensor) -> None:
-        """Backward, clip, AdamW step, EMA."""
+        """Backward, clip, optimiser steps, EMA."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.steps, self.peak)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -74,7 +84,7 @@ class Training:
         named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         state = {f"raw.{n}": p.detach() for n, p in named.items()} | {f"ema.{n}": t for n, t in self.ema.items()}
         for n, p in named.items():
-            state |= {f"opt.{n}.{k}": t for k, t in self.optimizer.state[p].items()}
+            state |= {f"opt.{n}.{k}": t for optimizer in self.optimizers for k, t in optimizer.state.get(p, {}).items()}
         part = self.file.with_suffix(".part")
         save_file({k: t.contiguous().cpu() for k, t in state.items()}, part, metadata={"step": str(self.step)})
         part.replace(self.file)
@@ -90,7 +100,10 @@ class Training:
                 continue
             p.data.copy_(state[f"raw.{n}"])
             self.ema[n].copy_(state[f"ema.{n}"])
-            self.optimizer.state[p] = {k: state[f"opt.{n}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            prefix = f"opt.{n}."
+            for optimizer in self.optimizers:
+                if any(p is q for group in optimizer.param_groups for q in group["params"]):
+                    optimizer.state[p] = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
 
     def load_ema(self) -> None:
         """Put the averaged weights into the module (for export)."""

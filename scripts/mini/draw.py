@@ -49,3 +49,20 @@ def load(folder: Path, size: tuple[int, int], most: int | None = None) -> tuple[
     files = sorted(folder.glob(f"{size[0]}x{size[1]}-*.npy"))[:most]
     people = [person for file in files for person in json.loads(file.with_suffix(".json").read_text())]
     return np.concatenate([np.load(file) for file in files]), people
+
+
+def importance(size: tuple[int, int], people: int = 40) -> np.ndarray:
+    """Weight of each pixel in a loss: float32 [height, width], mean 1.
+
+    Half of it is even; the other half is shared out equally among the attributes, each on the pixels that change with
+    it. Eyes and mouth decide as much of a likeness as the background, on a hundredth of its area.
+    """
+    rng = random.Random("importance")
+    maps = {attribute: np.zeros((size[1], size[0])) for attribute in world.ATTRIBUTES}
+    for _ in range(people):
+        person = world.sample_person(rng)
+        drawing = np.asarray(world.draw(person, *size), dtype=float)
+        for attribute in maps:
+            other = person | {attribute: rng.choice(world.values(attribute, held_out=False))}
+            maps[attribute] += np.abs(np.asarray(world.draw(other, *size), dtype=float) - drawing).mean(2)
+    return (0.5 + 0.5 * np.mean([m / m.mean() for m in maps.values()], axis=0)).astype(np.float32)

@@ -43,16 +43,17 @@ def train(work: Path, out: Path, steps: int, seed: int) -> None:
     vae = new_vae().to(device())
     training = Training(vae, work / "vae.safetensors", peak=2e-3, steps=steps)
     pictures, _ = draw.load(work / "drawings", (128, 128))
+    weights = draw.importance((128, 128))[..., None]
     rng = np.random.default_rng(seed + training.step)
     bar = tqdm(range(training.step, steps), initial=training.step, total=steps, desc="vae", mininterval=5)
     for _ in bar:
-        crops = np.stack([crop(pictures[rng.integers(len(pictures))], rng) for _ in range(BATCH)])
-        x = to_tensor(crops)
+        crops, weight = zip(*[crop(pictures[rng.integers(len(pictures))], weights, rng) for _ in range(BATCH)], strict=True)
+        x, w = to_tensor(np.stack(crops)), torch.from_numpy(np.stack(weight)).to(device()).permute(0, 3, 1, 2)
         with autocast():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
             kl = posterior.kl().mean() / posterior.mean[0].numel()
-            loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 1e-3 * kl
+            loss = (w * (y - x).abs()).mean() + 2 * (w * (y - x).square()).mean() + 1e-3 * kl
         training.update(loss)
         if training.step % 100 == 0:
             bar.set_postfix(psnr=f"{10 * np.log10(4 / F.mse_loss(y, x).item()):.1f}", kl=f"{kl.item():.2f}")
@@ -68,9 +69,10 @@ def train(work: Path, out: Path, steps: int, seed: int) -> None:
     print(json.dumps({"psnr_db": psnr(vae, pictures[:200]), "latent_std": latents.std().item()}))
 
 
-def crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def crop(picture: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The same random square of a picture and of its weights."""
     y, x = rng.integers(0, picture.shape[0] - CROP_PX + 1), rng.integers(0, picture.shape[1] - CROP_PX + 1)
-    return picture[y : y + CROP_PX, x : x + CROP_PX]
+    return picture[y : y + CROP_PX, x : x + CROP_PX], weights[y : y + CROP_PX, x : x + CROP_PX]
 
 
 @torch.no_grad()

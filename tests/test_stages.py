@@ -1,0 +1,88 @@
+"""Stages as processes of their own, as every model but mini runs them: here a tiny FLUX pipeline in a local folder."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infer import picture
+from lorabooth.cli import main
+from lorabooth.families.flux1 import tiny
+from lorabooth.lora import LoraFile
+from lorabooth.runs import RunDir
+
+# A resolution that is no multiple of 16, and whose preview is 96 px.
+SETTINGS = ("--trigger", "TOK", "--batch-size", "1", "--lora-rank", "1", "--resolution", "104")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("stages") / "tiny flux")
+
+
+def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_picture(
+    model: Path, demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "run")
+    train = ["train", str(demo_photos), "--model", str(model), *SETTINGS, "--steps", "2", "--preview-every", "2", "--out", str(run.path)]
+    assert main(train) == 0
+    [following] = [line.removeprefix("next:") for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    command, *arguments = shlex.split(following)
+    assert command == "lorabooth"
+    assert main([*arguments, "--steps", "1", "--format", "png", "--out", str(tmp_path / "pictures")]) == 0
+    assert picture.making_of(tmp_path / "pictures" / "out-0.png")["model"] == "tiny flux"
+    assert str(model.parent) not in str(LoraFile.read(run.lora).metadata), "a path of this machine would travel with the file"
+    before = run.lora.read_bytes()
+    assert main(train) == 0
+    assert run.lora.read_bytes() == before, "the same run exported twice is the same file"
+    capsys.readouterr()
+    assert main(["generate", "TOK", "--lora", str(run.path), "--out", str(tmp_path)]) == 2
+    assert "was trained on a local folder named 'tiny flux'" in capsys.readouterr().err
+
+
+def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, demo_photos: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    train = ["train", str(demo_photos), "--model", str(model), *SETTINGS, "--steps", "9999", "--preview-every", "0", "--out", str(run.path)]
+    process = subprocess.Popen([sys.executable, "-m", "lorabooth", *train], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    end = time.monotonic() + 180
+    while not run.history():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "run the same command again" in said and "Traceback" not in said
+    [checkpoint] = run.checkpoints.iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["step"] >= 10
+    with run.locked():
+        pass  # nobody holds it: the stage has ended, too
+
+
+def test_photos_that_changed_since_are_said(model: Path, demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photos = tmp_path / "photos.zip"
+    photos.write_bytes(demo_photos.read_bytes())
+    train = ["train", str(photos), "--model", "mini", *SETTINGS, "--steps", "1", "--preview-every", "0", "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    assert main(train) == 0
+    assert "has changed" not in capsys.readouterr().err
+    photos.write_bytes(demo_photos.read_bytes() + b"more")
+    assert main(train) == 0
+    assert "has changed since this run took it in" in capsys.readouterr().err
+
+
+def test_memory_that_is_used_up_on_the_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import torch
+
+    from lorabooth import cli
+
+    def full(_: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert cli.guarded(full, []) == 2
+    assert "the GPU's memory is used up" in capsys.readouterr().err
