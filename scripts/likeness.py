@@ -6,6 +6,7 @@ For each person: 12 photos -> `lorabooth train` -> new scenes, before and after,
 import argparse
 import json
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def pictures(engine: Engine, prompts: list[str], lora: Path | None = None) -> li
 
 def measure(name: str, scenes: int, work: Path, settings: dict[str, object]) -> dict[str, object]:
     """Train on one person and score new scenes with and without the LoRA; 'bleed' scores the LoRA on "a person"."""
+    shutil.rmtree(work / name, ignore_errors=True)  # a finished run would be taken as it is, with the base it was trained on
     work.mkdir(parents=True, exist_ok=True)
     archive = work / f"{name}.zip"
     people.write_zip(archive, people.photos(name, "[trigger]"))
