@@ -68,7 +68,7 @@ def write_pictures(engine: Engine, request: Request, choices: tuple[LoraChoice, 
     """Generate and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
     files: list[dict[str, str | int]] = []
     shown = []
-    taken = [int(match.group(1)) for file in out.glob("out-*") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
+    taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
     first = max(taken, default=-1) + 1
     with tqdm(total=request.num_outputs * request.num_inference_steps, desc="generate", unit="step") as bar:
 

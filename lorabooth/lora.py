@@ -69,7 +69,17 @@ def save_lora(path: Path, state: dict[str, Tensor], spec: LoraSpec, metadata: di
     scale = spec.alpha / spec.rank
     folded = {name: (t * scale if ".lora_B." in name else t).to(dtype).contiguous().cpu() for name, t in state.items()}
     adapter = {f"{PREFIX}r": spec.rank, f"{PREFIX}lora_alpha": spec.rank, f"{PREFIX}target_modules": sorted({_module(name) for name in state})}
-    write_durable(path, save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(adapter), **metadata}))
+    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(adapter), **metadata})))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order of name; the library's order is random, and the same LoRA must be the same file."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 @dataclass(frozen=True)

@@ -258,12 +258,12 @@ def test_an_aspect_ratio_gives_a_picture_of_its_size(tmp_path: Path):
 def test_a_random_seed_is_printed_and_makes_the_picture_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     seeds = []
     for _ in range(2):
-        assert main(["generate", PROMPT, *FAST, "--out", str(tmp_path / "a")]) == 0
+        assert main(["generate", PROMPT, *FAST, "--out", str(tmp_path / "a")]) == 0  # out-0, then out-1 beside it
         seeds += re.findall(r"Using seed: (\d+)", capsys.readouterr().err)
     assert len(set(seeds)) == 2
     assert main(["generate", PROMPT, *FAST, "--seed", seeds[-1], "--out", str(tmp_path / "b")]) == 0
     assert "Using seed" not in capsys.readouterr().err
-    assert (tmp_path / "a" / "out-0.webp").read_bytes() == (tmp_path / "b" / "out-0.webp").read_bytes()
+    assert (tmp_path / "a" / "out-1.webp").read_bytes() == (tmp_path / "b" / "out-0.webp").read_bytes()
 
 
 def test_a_missing_trigger_and_a_prompt_that_is_cut_are_noticed(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -117,11 +118,11 @@ class Flux1:
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder, frozen."""
-        return _frozen(self._load(AutoencoderKL, "vae", torch_dtype=dtype), device)
+        return _frozen(self._load(AutoencoderKL, "vae", torch_dtype=dtype, use_safetensors=True), device)
 
     def transformer(self, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
         """The transformer, frozen."""
-        return _frozen(self._load(FluxTransformer2DModel, "transformer", torch_dtype=dtype), device)
+        return _frozen(self._load(FluxTransformer2DModel, "transformer", torch_dtype=dtype, use_safetensors=True), device)
 
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         """Both text encoders, frozen, with their tokenizers."""
@@ -192,6 +193,8 @@ class Flux1:
     def _load(self, part: type[Part], component: str, **options: Any) -> Part:
         """One component by its class; a UserError where its files are missing, damaged or of another class."""
         folder = hub.component_folder(self.model, component)
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # it logs, as an error of its own, what our sentence says
         try:
             return part.from_pretrained(folder, **options)  # type: ignore[attr-defined]
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # what the libraries raise on such files
@@ -199,6 +202,8 @@ class Flux1:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.model}: its {component} cannot be loaded: {reason}", hint="download the model again, or check the folder") from error
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
 
 
 def t5_length(tokenizer: T5Tokenizer) -> int:
