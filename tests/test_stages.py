@@ -47,7 +47,21 @@ def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_pictur
 
 def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, demo_photos: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
-    train = ["train", str(demo_photos), "--model", str(model), *SETTINGS, "--steps", "9999", "--preview-every", "0", "--out", str(run.path)]
+    train = [
+        "train",
+        str(demo_photos),
+        "--model",
+        str(model),
+        *SETTINGS,
+        "--steps",
+        "9999",
+        "--checkpoint-every",
+        "9999",
+        "--preview-every",
+        "0",
+        "--out",
+        str(run.path),
+    ]
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *train], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     end = time.monotonic() + 180
@@ -64,7 +78,7 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
         pass  # nobody holds it: the stage has ended, too
 
 
-def test_photos_that_changed_since_are_said(model: Path, demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_photos_that_changed_since_are_said(demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     photos = tmp_path / "photos.zip"
     photos.write_bytes(demo_photos.read_bytes())
     train = ["train", str(photos), "--model", "mini", *SETTINGS, "--steps", "1", "--preview-every", "0", "--out", str(tmp_path / "run")]

@@ -37,12 +37,12 @@ def caption(person: world.Person, rng: random.Random) -> str:
 
 
 def said_attributes(rng: random.Random) -> list[str]:
-    """What a caption mentions: half say everything, the others a part, among them the clothes-and-expression captions
-    that photos of a person carry."""
+    """What a caption mentions: three quarters say everything, the others a part, among them the clothes-and-expression
+    captions that photos of a person carry."""
     kind = rng.random()
-    if kind < 0.55:
-        return list(world.ATTRIBUTES)
     if kind < 0.75:
+        return list(world.ATTRIBUTES)
+    if kind < 0.87:
         return [a for a in world.SCENE if rng.random() < 0.8]
     chance = rng.choice((0.25, 0.5, 0.8))
     return [a for a in world.ATTRIBUTES if rng.random() < chance]
