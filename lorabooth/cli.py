@@ -6,6 +6,7 @@ This module knows the rooms by name only. It does no work of its own.
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -110,6 +111,7 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     """
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each start which kernels a CPU would like to have
     try:
         code = work(arguments)
         sys.stdout.flush()  # here, where a closed pipe is caught
