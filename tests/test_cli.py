@@ -140,7 +140,9 @@ def test_interruption_says_how_to_go_on(failing, capsys, interruption):
 
 def test_a_real_ctrl_c_ends_the_process_with_130(tmp_path: Path):
     (tmp_path / "sleeper.py").write_text("import time, click\n@click.command()\ndef sleep():\n    print('asleep', flush=True)\n    time.sleep(60)\n")
-    program = "import sys; from lorabooth import cli; cli.COMMANDS['sleep'] = ('sleeper:sleep', 'Sleeps.'); sys.exit(cli.main(['sleep']))"
+    # A shell's background job, as CI may be, ignores SIGINT and so do its children.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{listening}; import sys; from lorabooth import cli; cli.COMMANDS['sleep'] = ('sleeper:sleep', 'Sleeps.'); sys.exit(cli.main(['sleep']))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
