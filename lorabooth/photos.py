@@ -1,67 +1,30 @@
 """From a zip or folder of photos to RUN/photos/00001.png and RUN/manifest.jsonl, and the shapes photos are trained in.
 
-What is a picture is decided by its bytes. Whatever comes in, an upright sRGB picture of 8 bits goes out, without
-metadata: a position or a camera's serial number must not reach a folder that is meant to be shared.
+Beside a photo there may be a caption, <stem>.txt, and a mask, <stem>.mask.png, which says what of it is trained on.
 """
 
 import errno
-import io
 import json
 import re
 import shutil
-import struct
 import unicodedata
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import sqrt
 from pathlib import Path, PurePosixPath
 
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image
 
 from lorabooth import archive
 from lorabooth.archive import Entry, LeftOut, printable
+from lorabooth.decoding import PICTURE_SUFFIXES, decode, decode_mask, png
 from lorabooth.errors import UserError
 from lorabooth.runs import publish, write_durable
 
-PIXELS_LIMIT = 100_000_000
-TOO_LARGE = f"has over {PIXELS_LIMIT // 1_000_000} megapixels, which is the limit"
-LONG_SIDE_PX = 2048
-"""Twice the largest training resolution in use; more costs disk and time at every read and never reaches the model."""
 CAPTION_BYTES_LIMIT = 64 << 10
 FEW_PHOTOS = 4
-
-# JPEG opens MPO too, the JPEGs with several pictures that some phones write.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-
-# What Pillow's decoders raise on damaged pictures; UnidentifiedImageError and most others are OSError.
-PICTURE_FAULTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-# EXIF orientation -> what makes the picture upright; 1 is upright.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 NEEDED = "put 10-50 JPEG, PNG or WebP photos in it"
 
@@ -82,6 +45,13 @@ class Photo:
     """Hex digest of the stored file."""
     caption: str | None
     """The text that came with it, or None."""
+    mask_sha256: str | None = None
+    """Hex digest of its mask, which lies beside it as 00001.mask.png; None where all of it is trained on."""
+
+    @property
+    def mask_file(self) -> str:
+        """Name of its mask, if it has one."""
+        return Path(self.file).stem + ".mask.png"
 
 
 @dataclass(frozen=True)
@@ -199,6 +169,8 @@ class _Intake:
         """With the key that a photo shares with its caption."""
         self.captions: dict[str, tuple[str, str]] = {}
         """Key -> name of the text file, text."""
+        self.masks: dict[str, tuple[str, Image.Image]] = {}
+        """Key -> name of the mask, its picture."""
         self.notes: list[str] = []
         self.texts = 0
         self.rejects: list[str] = []
@@ -213,6 +185,8 @@ class _Intake:
             data = entry.read()
             if is_text:
                 self._add_caption(name, _stem_key(entry.name), data)
+            elif _is_mask(entry.name):
+                self._add_mask(name, _stem_key(entry.name).removesuffix(".mask"), data)
             else:
                 self._add_photo(name, _stem_key(entry.name), data)
         except LeftOut as reason:
@@ -221,17 +195,32 @@ class _Intake:
                 self.rejects.append(f"{name} {reason}")
 
     def _add_photo(self, name: str, key: str, data: bytes) -> None:
-        image, changes = _picture(name, data)
-        png = _png(image)
-        digest = sha256(png).hexdigest()
+        decoded = decode(name, data)
+        image, stored = decoded.image, png(decoded.image)
+        digest = sha256(stored).hexdigest()
         # The same pixels give the same file, whatever format they came in.
         if digest in self._stored:
             raise LeftOut(f"is the same picture as {self._stored[digest]}")
         self._stored[digest] = name
         file = f"{len(self.photos) + 1:05d}.png"
-        write_durable(self.folder / file, png)
-        self.photos.append((Photo(file, name, image.width, image.height, digest, None), key))
-        self.notes += [f"{name} {change}" for change in changes]
+        write_durable(self.folder / file, stored)
+        photo = Photo(file, name, image.width, image.height, digest, None)
+        if decoded.opacity is not None:
+            photo = self._masked(photo, decoded.opacity)
+            self.notes.append(f"{name} is transparent in part, which is not trained on")
+        self.photos.append((photo, key))
+        self.notes += [f"{name} {change}" for change in decoded.changes]
+
+    def _add_mask(self, name: str, key: str, data: bytes) -> None:
+        if key in self.masks:
+            raise LeftOut(f"has the name of another mask, {self.masks[key][0]}")
+        self.masks[key] = name, decode_mask(name, data)
+
+    def _masked(self, photo: Photo, mask: Image.Image) -> Photo:
+        """The photo with this mask, stored at the photo's size."""
+        stored = png(mask.resize((photo.width_px, photo.height_px)))
+        write_durable(self.folder / photo.mask_file, stored)
+        return replace(photo, mask_sha256=sha256(stored).hexdigest())
 
     def _add_caption(self, name: str, key: str, data: bytes) -> None:
         if key in self.captions:
@@ -247,9 +236,9 @@ class _Intake:
 
     def manifest(self) -> Manifest:
         """The photos with their captions, and the notes."""
-        photos = [Photo(**(asdict(photo) | {"caption": self.captions.get(key, ("", None))[1]})) for photo, key in self.photos]
+        photos = [replace(self._with_own_mask(photo, key), caption=self.captions.get(key, ("", None))[1]) for photo, key in self.photos]
         users = Counter(key for _, key in self.photos)
-        notes = [*self.notes]
+        notes = [*self.notes, *(f"{name} has no photo of its name: left out" for key, (name, _) in self.masks.items() if key not in users)]
         for key, (name, _) in self.captions.items():
             if key not in users:
                 notes.append(f"{name} has no photo of its name: left out")
@@ -258,6 +247,22 @@ class _Intake:
         if len(photos) <= FEW_PHOTOS:
             notes.append(f"only {_count(len(photos), 'photo')}: likeness will be limited; 10-50 work best")
         return Manifest(tuple(photos), tuple(notes))
+
+    def _with_own_mask(self, photo: Photo, key: str) -> Photo:
+        """The photo with the mask of its name, where there is one and it has the photo's shape."""
+        if key not in self.masks:
+            return photo
+        name, mask = self.masks[key]
+        if not 0.98 < mask.width * photo.height_px / (mask.height * photo.width_px) < 1.02:
+            sizes = f"{mask.width} x {mask.height} px, not {photo.width_px} x {photo.height_px}"
+            self.notes.append(f"{name} has another shape than its photo ({sizes}): left out")
+            return photo
+        return self._masked(photo, mask)
+
+
+def _is_mask(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.casefold() in PICTURE_SUFFIXES and path.stem.casefold().endswith(".mask")
 
 
 def _count(number: int, noun: str) -> str:
@@ -280,94 +285,3 @@ def _caption(data: bytes) -> str:
     if not text.strip():
         raise LeftOut("is an empty caption")
     return text
-
-
-def _picture(name: str, data: bytes) -> tuple[Image.Image, list[str]]:
-    """The upright RGB picture of 8 bits in a file's bytes, and what had to be ignored for it. Raises LeftOut."""
-    # Pillow warns of damaged EXIF and of sizes that PIXELS_LIMIT covers; a warning is not something a user can act on.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = _decoded(data)
-        except PICTURE_FAULTS as error:
-            raise LeftOut(_not_a_picture(name, data, error)) from error
-        return _upright_srgb(image)
-
-
-def _decoded(data: bytes) -> Image.Image:
-    """The first frame. Raises LeftOut, or one of PICTURE_FAULTS."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > PIXELS_LIMIT:
-        raise LeftOut(TOO_LARGE)
-    # A JPEG far over what is kept is decoded at half or a quarter of its size: less memory and time.
-    image.draft(None, (2 * LONG_SIDE_PX, 2 * LONG_SIDE_PX))
-    image.load()
-    return image
-
-
-def _not_a_picture(name: str, data: bytes, error: Exception) -> str:
-    """Why bytes gave no picture, as the end of a sentence about the file."""
-    if isinstance(error, Image.DecompressionBombError):
-        return TOO_LARGE
-    if not data:
-        return "is an empty file"
-    if data.startswith(archive.ZIP_START):
-        return "is an archive inside the archive; unpack it first"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-        return "is a HEIC picture; save it as JPEG"
-    if PurePosixPath(name).suffix.casefold() in PICTURE_SUFFIXES:
-        return "is damaged or not a picture"
-    return "is not a JPEG, PNG, WebP, TIFF, BMP or GIF picture"
-
-
-def _upright_srgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    changes: list[str] = []
-    profile = image.info.get("icc_profile")
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except PICTURE_FAULTS:
-        orientation = 1
-        changes.append("has damaged EXIF data: taken as upright")
-    flat = _flat(image)
-    if orientation in UPRIGHT:
-        flat = flat.transpose(UPRIGHT[orientation])
-    if profile:
-        try:
-            flat = _to_srgb(flat, profile)
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            changes.append("has a colour profile that cannot be used: taken as sRGB")
-    rgb = flat.convert("RGB")
-    rgb.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX), Image.Resampling.LANCZOS)
-    return rgb, changes
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """The picture as L, RGB or CMYK of 8 bits; where it is transparent, on white."""
-    if image.mode == "F":
-        raise LeftOut("has floating-point pixels; save it as JPEG or PNG")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them, not scale
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture in sRGB. Raises ValueError, OSError or PyCMSError where the profile is broken or of another colour space."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
-    if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
-        raise ValueError("the profile is not for this picture's colours")
-    perceptual = ImageCms.Intent.PERCEPTUAL
-    converted = ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), perceptual, outputMode="RGB")
-    assert converted is not None  # only in-place conversion returns nothing
-    return converted
-
-
-def _png(image: Image.Image) -> bytes:
-    """The picture alone, without metadata. Level 1 packs photos nearly as well as the default, in a fifth of the time."""
-    image.info.clear()
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()

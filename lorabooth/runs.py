@@ -59,12 +59,15 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = path
         self.photos = path / "photos"
+        self.others = path / "class"
+        """Photos of others, with a manifest of their own."""
         self.captions = path / "captions"
         self.cache = path / "cache"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self.lora = path / "lora.safetensors"
+        self.lora_start = path / "lora-start.safetensors"
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "RunDir":
