@@ -69,11 +69,15 @@ def _with_trigger(text: str, trigger: str) -> str:
 
 def _write_generated(run_dir: RunDir, photos: list[Photo], captioner: Captioner) -> None:
     config = run_dir.config
+    if not config.autocaption:
+        for photo in photos:
+            _write(run_dir, photo, config.trigger_word)
+        return
     for start in range(0, len(photos), BATCH_PHOTOS):
         batch = photos[start : start + BATCH_PHOTOS]
         texts = captioner.caption([run_dir.photos / photo.file for photo in batch])
         for photo, text in zip(batch, texts, strict=True):
-            _write(run_dir, photo, enforce(text, config.trigger_word, config.caption_prefix, config.caption_suffix))
+            _write(run_dir, photo, enforce(text, config.trigger_word, config.autocaption_prefix, config.autocaption_suffix))
 
 
 def _write_supplied(run_dir: RunDir, photos: list[Photo]) -> list[str]:

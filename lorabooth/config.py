@@ -5,14 +5,22 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorabooth.errors import UserError
 
 Target = Literal["attention", "attention+ff", "all-linear"]
+Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit", "lion", "prodigy", "adagrad", "adafactor"]
+LoraInit = Literal["default", "gaussian", "pissa"]
+SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
+LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
+"""Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
 
 
 class TrainConfig(BaseModel):
@@ -27,27 +35,62 @@ class TrainConfig(BaseModel):
         "black-forest-labs/FLUX.1-dev", description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU)."
     )
     steps: int = Field(1000, ge=1, le=100_000, description="Optimiser steps.")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW; linear warm-up, then constant.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; linear warm-up, then constant. prodigy takes it as a factor of its own.")
+    optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")
     warmup_steps: int = Field(20, ge=0, description="Steps over which the learning rate rises from zero.")
     batch_size: int = Field(1, ge=1, le=64, description="Photos a step, on each GPU.")
+    gradient_accumulation: int = Field(1, ge=1, le=1000, description="Batches a step: their gradients are averaged before the optimiser moves.")
     resolution: str = Field("512,768,1024", description="Side lengths in px whose square is the area to train at; several by commas.")
     lora_rank: int = Field(16, ge=1, le=256, description="Rank of the LoRA.")
     lora_alpha: int | None = Field(None, ge=1, description="Strength of the LoRA is alpha / rank; default: the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that a training step leaves out.")
+    use_rslora: bool = Field(False, description="Strength alpha / sqrt(rank) instead of alpha / rank, which keeps high ranks from fading.")
+    use_dora: bool = Field(False, description="Learn the length of each weight row apart from its direction (DoRA): slower, and not every program reads it.")
+    lora_init: LoraInit = Field("default", description="Start of the LoRA: default, gaussian, or pissa (the base's own largest directions).")
     targets: Target | str = Field(
         "attention+ff", description="Layers that get a LoRA: attention, attention+ff, all-linear, or a regular expression over module names."
     )
+    layers_to_optimize_regex: str = Field(
+        "", description="Layers that get a LoRA, as the hosted trainer takes them: every linear in whose name this is found. Wins over targets."
+    )
+    sigma_sampling: SigmaSampling = Field(
+        "logit-normal", description="Noise levels of a step: logit-normal, uniform, or shifted (logit-normal, moved to more noise for larger pictures)."
+    )
+    loss_weighting: LossWeighting = Field("none", description="Weight of a noise level in the loss: none, sigma_sqrt or cosmap, as in diffusers.")
     caption_dropout_rate: float = Field(0.05, ge=0, le=1, description="Share of steps that train on the bare trigger instead of the caption.")
-    caption_prefix: str = Field("", description="Text put before every generated caption.")
-    caption_suffix: str = Field("", description="Text put after every generated caption.")
+    autocaption: bool = Field(True, description="Write captions for the photos that have none; otherwise those train on the trigger word alone.")
+    autocaption_prefix: str = Field("", description="Text put before every generated caption.")
+    autocaption_suffix: str = Field("", description="Text put after every generated caption.")
+    preservation_rate: float = Field(
+        0.0, ge=0, lt=1, description="Share of batches that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone."
+    )
+    class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger in those batches: a person, a man, a dog.")
+    prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
+    horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: a third slower, but tens of GB lighter at 1024 px.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of the optimiser.")
+    precision: Precision = Field("auto", description="Precision of the frozen base: auto, bf16, int8, fp8 or nf4. auto is the fastest that fits.")
+    gradient_checkpointing: str = Field(
+        "auto", description="Blocks whose activations are computed again in the backward pass: auto, none (or false), all (or true), or how many of them."
+    )
+    blocks_to_swap: int | None = Field(None, ge=0, description="Blocks that live in host memory and come to the GPU when it is their turn; default: as needed.")
+    precompute_modulation: bool | None = Field(
+        None, description="Compute the modulation ahead, so that its linears, 27 % of FLUX.1-dev, need not be on the GPU; default: as needed."
+    )
+    compile_blocks: bool | None = Field(None, description="Compile the transformer's blocks, a minute or two at the start; default: on a GPU, where it pays.")
+    auto_retry: bool = Field(True, description="Where the GPU's memory runs out, go on from the last step with the next cheaper plan.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the noise, the order of photos and the LoRA's start.")
     checkpoint_every: int = Field(250, ge=1, description="Steps between checkpoints.")
     preview_every: int = Field(250, ge=0, description="Steps between preview pictures; 0 makes none.")
+    validation_photos: int = Field(0, ge=0, description="Photos kept out of training, whose loss at fixed noise levels tells when to stop.")
+    validation_every: int = Field(50, ge=1, description="Steps between two measurements of that loss.")
     preview_prompts: tuple[str, ...] = Field(("a portrait of [trigger]",), description="Prompts of the previews; [trigger] stands for the trigger word.")
     preview_seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the previews.")
+    trackers: str = Field("tensorboard", description="Where the figures go besides metrics.jsonl: none, or tensorboard, wandb, trackio by commas.")
+    wandb_project: str = Field("lorabooth", min_length=1, description="Project in wandb and trackio.")
+    wandb_run: str = Field("", description="Name of the run there; default: the run's folder.")
+    wandb_entity: str = Field("", description="User or team in wandb; default: your own.")
 
     @field_validator("trigger_word")
     @classmethod
@@ -55,6 +98,27 @@ class TrainConfig(BaseModel):
         if not value.strip() or not value.isprintable():
             raise ValueError("must be visible text on one line, such as TOK")
         return value.strip()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hosted_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        renamed: dict[Any, Any] = {}
+        for name, value in values.items():
+            known = HOSTED_NAMES.get(name, name)
+            if known in renamed:
+                raise ValueError(f"{name} is another name of {known}; give one of them")
+            renamed[known] = [line for line in value.splitlines() if line.strip()] if name == "wandb_sample_prompts" and isinstance(value, str) else value
+        return renamed
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: str) -> str:
+        names = [name.strip() for name in value.lower().split(",")]
+        if names != ["none"] and not set(names) <= set(TRACKERS):
+            raise ValueError(f"must be none, or some of {', '.join(TRACKERS)} by commas")
+        return ",".join(dict.fromkeys(names))
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -64,10 +128,32 @@ class TrainConfig(BaseModel):
             raise ValueError("must be side lengths in px from 64 to 2048, such as 512,768,1024")
         return ",".join(parts)
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _recompute(cls, value: Any) -> str:
+        words = {"true": "all", "yes": "all", "false": "none", "no": "none"}
+        text = words.get(str(value).strip().lower(), str(value).strip().lower())
+        if text not in ("auto", "none", "all") and not (text.isdecimal() and len(text) <= 4):
+            raise ValueError("must be auto, none, all or a number of blocks")
+        return text
+
+    @model_validator(mode="after")
+    def _together(self) -> "TrainConfig":
+        if self.use_dora and self.lora_init == "pissa":
+            raise ValueError("use_dora and lora_init pissa both rewrite what a LoRA starts from; choose one of them")
+        if self.blocks_to_swap and self.gradient_checkpointing not in ("auto", "all"):
+            raise ValueError("blocks_to_swap needs gradient_checkpointing auto or all: a swapped block's weights are gone when its backward pass wants them")
+        return self
+
     @property
     def resolutions_px(self) -> tuple[int, ...]:
         """The resolutions as numbers."""
         return tuple(int(part) for part in self.resolution.split(","))
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The trackers by accelerate's names."""
+        return () if self.trackers == "none" else tuple(self.trackers.split(","))
 
     @property
     def alpha(self) -> int:
@@ -101,6 +187,8 @@ def explain(error: ValidationError) -> str:
     if first["type"] == "missing" and name == "trigger_word":
         return "a trigger word is missing; give one with --trigger-word TOK"
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not name:  # of several settings together
+        return reason
     return f"{name}: {reason[0].lower()}{reason[1:]} (got {first['input']!r})"
 
 

@@ -41,6 +41,26 @@ def logit_normal(count: int, mean: float = 0.0, std: float = 1.0, generator: tor
     return torch.sigmoid(torch.randn(count, generator=generator) * std + mean)
 
 
+def sample_sigma(kind: str, count: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """Noise levels [count] for training on pictures of `tokens` image tokens.
+
+    kind: "logit-normal"; "uniform"; "shifted", logit-normal moved by the shift that sampling uses at that size.
+    """
+    if kind == "uniform":
+        return torch.rand(count, generator=generator)
+    sigma = logit_normal(count, generator=generator)
+    return shift(sigma, resolution_mu(tokens)) if kind == "shifted" else sigma
+
+
+def loss_weight(kind: str, sigma: Tensor) -> Tensor:
+    """Weight [B] of each noise level in the loss; "sigma_sqrt" and "cosmap" as in Esser et al. 2024, section 3.1, and diffusers."""
+    if kind == "sigma_sqrt":
+        return sigma**-2.0
+    if kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
 def add_noise(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The point on the straight path at `sigma` [B]; x_0 and noise [B, ...]."""
     sigma = sigma.view(-1, *[1] * (x_0.ndim - 1))

