@@ -26,7 +26,7 @@ RUN_BYTES = 2 * 10**9
 FLUX_DEV_FILES = ("model_index.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 FLUX_DEV_INDEXES = ("transformer/diffusion_pytorch_model.safetensors.index.json", "text_encoder_2/model.safetensors.index.json")
 
-OPTIONAL_USES = {"mini": "draws the mini model's world for the demo and its figures", "cuda": "8-bit optimiser and quantised base weights"}
+OPTIONAL_USES = {"mini": "draws the mini model's world for the demo and its figures"}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ import json, torch
 from infer.loras import resolve
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from train.export import base_sha256
+from train.base import sha256_of, weight_files
 
 def lora(reference):
     try:
@@ -54,7 +54,7 @@ found = {
     "embeds": list(family.encode_prompts(encoders, ["a portrait"]).embeds.shape),
     "native_px": family.native_px,
     "sigmas": len(family.sigmas(4, 64)),
-    "base_sha256": base_sha256("someone/tiny-flux"),
+    "base_sha256": sha256_of(weight_files("someone/tiny-flux", "transformer")),
     "loras": [lora(reference) for reference in (
         "someone/lora:0.5", "someone/loras", "someone/loras/second.safetensors", "someone/loras/third.safetensors", "someone/pickles",
     )],

@@ -1,0 +1,128 @@
+"""Every optimiser by its name: it learns, and an interrupted run gives the same bytes as one that was not."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from lorabooth.cli import main
+from lorabooth.config import Optimizer, TrainConfig
+from lorabooth.errors import UserError
+from lorabooth.families import load_family
+from lorabooth.runs import RunDir
+from train import fit, optimizers
+from train.checkpoint import load_checkpoint, save_checkpoint
+
+NAMES = [name for name in get_args(Optimizer) if name != "auto"]
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunDir:
+    """A copy of a finished run whose training is still to be done."""
+    run = RunDir(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+    shutil.rmtree(run.checkpoints)
+    return run
+
+
+def trainer_of(run: RunDir, **changed: Any) -> fit.Trainer:
+    """A trainer of the run with some settings changed, at the newest checkpoint."""
+    trainer = fit.start(run, run.config.model_copy(update=changed), load_family("mini"), Accelerator(cpu=True))
+    load_checkpoint(run, trainer.state)
+    return trainer
+
+
+def weights(trainer: fit.Trainer) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in (*trainer.state.parameters, *trainer.state.ema)]
+
+
+# Rates at which the tiny run's LoRA (rank 4, of normal random numbers) moves visibly in a few steps.
+RATES = {"prodigy": 1.0, "lion": 1e-3, "lion8bit": 1e-3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_gives_the_same_bytes_and_the_loss_falls(run: RunDir, name: str):
+    # Gradient accumulation too: a resume in the middle of a step begins that step again.
+    settings = {"optimizer": name, "learning_rate": RATES.get(name, 5e-3), "gradient_accumulation": 2, "lora_rank": 32}
+    trainer = trainer_of(run, **settings)
+    start = weights(trainer)
+    for _ in range(2):
+        fit.train_step(trainer)
+    save_checkpoint(run, trainer.state)
+    for _ in range(2):
+        fit.train_step(trainer)
+    whole = weights(trainer)
+    resumed = trainer_of(run, **settings)
+    assert resumed.state.step == 2
+    for _ in range(2):
+        fit.train_step(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(whole, weights(resumed), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, start, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimiser_lowers_the_loss(name: str):
+    config = TrainConfig(trigger_word="TOK", optimizer=name, learning_rate=RATES.get(name, 1e-2))
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(128, 64), torch.randn(256, 128)
+    target = x @ torch.randn(128, 64) / 11
+    optimizer = optimizers.build(name, list(layer.parameters()), config)
+
+    def loss() -> torch.Tensor:
+        return (layer(x) - target).square().mean()
+
+    before = loss().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.8 * before
+
+
+def test_the_command_takes_the_name_and_the_record_keeps_it(tiny_command: list[str], tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    assert main([*tiny_command, "--optimizer", "lion8bit", "--preview-every", "0", "--out", str(run.path)]) == 0
+    state = json.loads((run.checkpoints / "step-000004" / "state.json").read_text())
+    assert state["optimizer_name"] == "lion8bit" and run.config.optimizer == "lion8bit"
+    eight_bit = [t for t in load_file(run.checkpoints / "step-000004" / "optimizer.safetensors").values() if t.dtype == torch.uint8]
+    assert eight_bit, "no moment was kept in 8 bits"
+
+
+def test_auto_is_adamw8bit_on_a_gpu_and_adamw_elsewhere():
+    config = TrainConfig(trigger_word="TOK")
+    assert optimizers.chosen(config, torch.device("cuda")) == "adamw8bit"
+    assert optimizers.chosen(config, torch.device("cpu")) == "adamw"
+
+
+def test_a_run_that_moves_to_another_kind_of_machine_does_not_mix_optimisers(run: RunDir):
+    trainer = trainer_of(run)
+    fit.train_step(trainer)
+    trainer.state.optimizer_name = "adamw8bit"
+    save_checkpoint(run, trainer.state)
+    with pytest.raises(UserError, match="was trained with adamw8bit so far, and here 'auto' means adamw"):
+        trainer_of(run)
+
+
+@pytest.mark.parametrize(("given", "used"), [(2e-4, 1.0), (0.5, 0.5), (1.0, 1.0)])
+def test_prodigy_takes_a_rate_of_other_optimisers_for_its_own_default(given: float, used: float):
+    assert optimizers.rate(TrainConfig(trigger_word="TOK", optimizer="prodigy", learning_rate=given)) == used
+    assert optimizers.rate(TrainConfig(trigger_word="TOK", learning_rate=given)) == given
+
+
+def test_accumulated_gradients_are_the_mean_over_the_batches(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    trainer = trainer_of(run, gradient_accumulation=3, max_grad_norm=1e9)
+    expected = []
+    for index in range(3):
+        rng, generator = fit._randomness(trainer.config.seed, index)
+        loss = fit.loss_of(trainer, trainer.cache.batch(trainer.sampler.batch(index), trainer.config, rng), generator)
+        expected.append(torch.autograd.grad(loss, trainer.state.parameters))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(trainer.state.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in trainer.state.parameters))
+    _, photos = fit.train_step(trainer)
+    assert len(photos) == 3 * trainer.config.batch_size
+    for got, parts in zip(seen, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(got, sum(parts) / 3, rtol=1e-4, atol=1e-7)
