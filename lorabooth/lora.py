@@ -8,16 +8,18 @@ import json
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
+from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import TARGETS
 from lorabooth.runs import sha256_file, write_durable
@@ -25,15 +27,33 @@ from lorabooth.runs import sha256_file, write_durable
 PREFIX = "transformer."
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 ADAPTER = "default"
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
+"""PEFT's names of how a LoRA starts. PiSSA by its fast decomposition: the exact one of FLUX's 494 layers takes longer than a training."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of a LoRA: rank, alpha (strength is alpha / rank), and the modules it sits on (a regular expression, full match)."""
+    """Shape of a LoRA: rank, alpha, and the modules it sits on (a regular expression, full match); the rest by PEFT's names."""
 
     rank: int
     alpha: int
     targets: str
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "LoraSpec":
+        """The LoRA that a recipe asks for."""
+        # The hosted trainer searches its expression anywhere in a name.
+        targets = f".*(?:{config.layers_to_optimize_regex}).*" if config.layers_to_optimize_regex else config.targets
+        return cls(config.lora_rank, config.alpha, targets, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_init)
+
+    @property
+    def scale(self) -> float:
+        """Strength: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def module_names(self, transformer: torch.nn.Module) -> list[str]:
         """Names of the linears this LoRA sits on; a UserError that lists what can be matched where there is none."""
@@ -48,15 +68,60 @@ class LoraSpec:
             raise UserError(f"targets: {self.targets!r} matches no layer", hint=f"use one of {', '.join(TARGETS)}, or match names such as: {', '.join(shapes)}")
         return names
 
-    def attach(self, transformer: torch.nn.Module, seed: int) -> list[Tensor]:
-        """Put a fresh LoRA (fp32, lora_B zero) on the frozen transformer; its parameters, in a fixed order."""
+    def attach(self, transformer: torch.nn.Module, seed: int, start: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """Put a fresh LoRA (fp32; the transformer's output does not change) on the frozen transformer; its parameters, in a fixed order.
+
+        start: the weights (as from `tensors`) with which a PiSSA LoRA started before. PiSSA (Meng et al. 2024, arXiv
+        2404.02948) takes its start out of the base, and a resumed run must take out the same.
+        """
         names = self.module_names(transformer)
         torch.manual_seed(seed)
-        cast(Any, transformer).add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names), adapter_name=ADAPTER)
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=names, lora_dropout=self.dropout, use_rslora=self.use_rslora, use_dora=self.use_dora,
+            init_lora_weights=INITS[self.init] if start is None else True,
+        )  # fmt: skip
+        cast(Any, transformer).add_adapter(config, adapter_name=ADAPTER)
         parameters: list[Tensor] = [p for p in transformer.parameters() if p.requires_grad]
         for p in parameters:
             p.data = p.data.float()
+        if start is not None:
+            self._take_out(transformer, names, start)
         return parameters
+
+    @torch.no_grad()
+    def _take_out(self, transformer: torch.nn.Module, names: list[str], start: dict[str, Tensor]) -> None:
+        for name in names:
+            layer = cast(Any, transformer.get_submodule(name))
+            base = layer.base_layer.weight
+            a, b = (start[f"{PREFIX}{name}.lora_{side}.weight"].to(base.device) for side in "AB")
+            layer.lora_A[ADAPTER].weight.copy_(a)
+            layer.lora_B[ADAPTER].weight.copy_(b)
+            base.data = (base.float() - self.scale * b @ a).to(base.dtype)
+
+
+def shorten(transformer: torch.nn.Module) -> None:
+    """Give each layer of a plain LoRA (no dropout, no DoRA) a forward pass of three operators where PEFT's has five.
+
+    y = W x + scale * B (A x), the scaling and the sum inside one product. It cannot be switched off or merged any more: for training.
+    """
+    for layer in transformer.modules():
+        if ADAPTER in getattr(layer, "lora_A", {}):
+            # A class, not a function for each layer: torch.compile takes layers of one class for the same code.
+            cast(Any, layer).__class__ = _short_class(cast(Any, type(layer)))
+
+
+@cache
+def _short_class(kind: type) -> type:
+    return type(f"Short{kind.__name__}", (_Short, kind), {})
+
+
+class _Short:
+    """Put before one of PEFT's LoRA layers."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y, narrow = self.base_layer(x), F.linear(x, self.lora_A[ADAPTER].weight)
+        up = self.lora_B[ADAPTER].weight.t()
+        return torch.addmm(y.view(-1, y.shape[-1]), narrow.view(-1, narrow.shape[-1]), up, alpha=self.scaling[ADAPTER]).view(y.shape)
 
 
 def tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
@@ -64,12 +129,18 @@ def tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
     return {PREFIX + name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items()}
 
 
+def since(start: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a PiSSA LoRA learned since its start, as a plain LoRA of the untouched base: B A - B_0 A_0, of twice the rank."""
+    return {name: torch.cat([t, start[name]], 0) if ".lora_A." in name else torch.cat([t, -start[name]], 1) for name, t in state.items()}
+
+
 def save_lora(path: Path, state: dict[str, Tensor], spec: LoraSpec, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
     """Write a LoRA file durably; `state` as from `tensors`. Metadata values are text."""
-    scale = spec.alpha / spec.rank
-    folded = {name: (t * scale if ".lora_B." in name else t).to(dtype).contiguous().cpu() for name, t in state.items()}
-    adapter = {f"{PREFIX}r": spec.rank, f"{PREFIX}lora_alpha": spec.rank, f"{PREFIX}target_modules": sorted({_module(name) for name in state})}
-    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(adapter), **metadata})))
+    rank = next(len(t) for name, t in state.items() if ".lora_A." in name)
+    folded = {name: (t * spec.scale if ".lora_B." in name else t).to(dtype).contiguous().cpu() for name, t in state.items()}
+    adapter: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted({_module(name) for name in state}), "use_dora": spec.use_dora}
+    described = json.dumps({PREFIX + name: value for name, value in adapter.items()})
+    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": described, **metadata})))
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -156,4 +227,4 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _module(key: str) -> str:
-    return re.sub(r"\.lora_[AB]\.weight$", "", key.removeprefix(PREFIX))
+    return re.sub(r"\.lora_([AB]\.weight|magnitude_vector)$", "", key.removeprefix(PREFIX))

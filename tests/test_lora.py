@@ -5,6 +5,7 @@ import pickle
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from infer.loras import resolve, split_weight
 from lorabooth import flow, mini
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Conditioning, Flux1
-from lorabooth.lora import MAX_HEADER_BYTES, LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.lora import MAX_HEADER_BYTES, LoraFile, LoraSpec, save_lora, shorten, since, tensors
 
 CPU = torch.device("cpu")
 FAMILY = Flux1("mini")
@@ -42,6 +43,11 @@ def clean(plain: FluxPipeline) -> Iterator[FluxPipeline]:
 
 @torch.no_grad()
 def output(transformer: FluxTransformer2DModel) -> Tensor:
+    """The velocity at a fixed input, without gradients."""
+    return velocity(transformer)
+
+
+def velocity(transformer: FluxTransformer2DModel) -> Tensor:
     """The velocity at a fixed input."""
     config, generator = transformer.config, torch.Generator().manual_seed(1)
     embeds = torch.randn(1, 5, config.joint_attention_dim, generator=generator)
@@ -90,6 +96,50 @@ def test_plain_diffusers_gives_the_output_of_the_trained_model(
     save_lora(tmp_path / "lora.safetensors", tensors(transformer), spec, {})
     clean.load_lora_weights(str(tmp_path / "lora.safetensors"))
     torch.testing.assert_close(output(clean.transformer), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"init": "gaussian"}, {"init": "pissa"}, {"dropout": 0.5}], ids=str)
+def test_every_kind_of_lora_starts_at_the_base_and_plain_diffusers_reads_what_it_learned(
+    transformer: FluxTransformer2DModel, clean: FluxPipeline, tmp_path: Path, options: dict[str, Any]
+):
+    base, spec = output(transformer), LoraSpec(4, 8, "attention+ff", **options)
+    parameters = spec.attach(transformer, seed=0)
+    torch.testing.assert_close(output(transformer), base, rtol=1e-3, atol=1e-4)
+    start = {name: t.clone() for name, t in tensors(transformer).items()}
+    generator = torch.Generator().manual_seed(2)
+    for parameter in parameters:
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+    trained = output(transformer.eval())
+    assert (trained - base).abs().max() > 0.01, "the LoRA must matter for this test to mean something"
+    state = tensors(transformer)
+    save_lora(tmp_path / "lora.safetensors", since(start, state) if spec.init == "pissa" else state, spec, {})
+    clean.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    torch.testing.assert_close(output(clean.transformer), trained, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
+def test_the_short_forward_pass_is_pefts(transformer: FluxTransformer2DModel, options: dict[str, Any]):
+    parameters = LoraSpec(4, 8, "all-linear", **options).attach(transformer, seed=0)
+    for parameter in parameters:
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05
+    pefts = velocity(transformer)
+    theirs = torch.autograd.grad(pefts.square().mean(), parameters)
+    shorten(transformer)
+    short = velocity(transformer)
+    mine = torch.autograd.grad(short.square().mean(), parameters)
+    torch.testing.assert_close(short, pefts, rtol=1e-4, atol=1e-5)
+    assert len(mine) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def test_a_pissa_lora_starts_again_from_what_it_took_out_before(transformer: FluxTransformer2DModel):
+    spec = LoraSpec(4, 4, "attention", init="pissa")
+    spec.attach(transformer, seed=0)
+    again = FAMILY.transformer(CPU, torch.float32)
+    spec.attach(again, seed=1, start={name: t.clone() for name, t in tensors(transformer).items()})
+    assert transformer.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in transformer.state_dict().items())
 
 
 def test_alpha_is_folded_into_the_weights(transformer: FluxTransformer2DModel, tmp_path: Path):
