@@ -10,9 +10,10 @@ from accelerate import init_empty_weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from lorabooth import flow, lora, mini
+from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import VAE_SCALE, Flux1, t5_length, tiny
+from lorabooth.families.flux1 import VAE_SCALE, Flux1, fitted_encoder, t5_length, tiny
 from lorabooth.lora import LoraSpec
 
 CPU = torch.device("cpu")
@@ -95,6 +96,17 @@ def test_a_regular_expression_of_the_users_own_matches_whole_names(dev: FluxTran
     assert LoraSpec(16, 16, "proj_out").module_names(dev) == ["proj_out"]
 
 
+def test_the_hosted_trainers_regular_expression_is_searched_in_names(dev: FluxTransformer2DModel):
+    def names(expression: str) -> list[str]:
+        return LoraSpec.of(TrainConfig(trigger_word="TOK", layers_to_optimize_regex=expression)).module_names(dev)
+
+    assert names(r"single_transformer_blocks.(7|12|16|20).proj_out") == [f"single_transformer_blocks.{i}.proj_out" for i in (7, 12, 16, 20)]
+    assert names("^proj_out$") == ["proj_out"]
+    assert len(names("to_q")) == 57
+    with pytest.raises(UserError, match="matches no layer"):
+        names("to_z")
+
+
 def test_targets_that_match_nothing_are_refused_with_a_list_of_what_can_be_matched(dev: FluxTransformer2DModel):
     with pytest.raises(UserError, match="'atention' matches no layer") as caught:
         LoraSpec(16, 16, "atention").module_names(dev)
@@ -162,6 +174,21 @@ def test_prompts_become_conditioning_of_a_fixed_length(family: Flux1):
     alone = family.encode_prompts(encoders, [""])
     torch.testing.assert_close(alone.embeds[0], encoded.embeds[1])
     assert family.cut("a portrait") == "" and "house" in family.cut("a portrait " * length + "house")
+
+
+def test_a_text_encoder_that_does_not_fit_gives_the_same_from_host_memory(family: Flux1):
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=5, num_heads=4)).eval().requires_grad_(False)
+    prompts = torch.arange(24).view(2, 12)
+    plainly = encoder(prompts)[0]
+    swapped = fitted_encoder(encoder, CPU, free_bytes=1e9)
+    for _ in range(2):
+        assert torch.equal(swapped(prompts)[0], plainly)
+    first, last = (encoder.encoder.block[i].layer[0].SelfAttention.q.weight for i in (0, 4))
+    assert first.data_ptr() == last.data_ptr(), "two places for five blocks"
+    assert fitted_encoder(encoder, CPU) is encoder
 
 
 def test_pictures_and_latents_have_one_to_eight_sides(family: Flux1):

@@ -4,12 +4,14 @@ Each component loads alone, by a class named here and never by what a repository
 model repository can run and no two heavy components need to be resident together.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
@@ -19,11 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 from lorabooth import flow, hub, mini
 from lorabooth.errors import UserError
+from lorabooth.swap import BlockSwap
 
 transformers_logging.disable_progress_bar()  # a bar for the tensors of each encoder would hide ours
 
 BUCKET_MULTIPLE_PX = 16
 VAE_SCALE = 8
+T5_TOKENS = 512
+T5_WORKSPACE_BYTES = 1.5e9
+"""What encoding a batch of prompts takes beside the weights."""
 GUIDANCE_IN_TRAINING = 1.0
 """FLUX.1-dev is guidance-distilled; at 1.0 the embedding asks for the data's own velocity, which is what photos are."""
 
@@ -124,13 +130,23 @@ class Flux1:
         """The transformer, frozen."""
         return _frozen(self._load(FluxTransformer2DModel, "transformer", torch_dtype=dtype, use_safetensors=True), device)
 
+    def empty_transformer(self) -> FluxTransformer2DModel:
+        """The transformer on the meta device: names and shapes without memory."""
+        with init_empty_weights():
+            return FluxTransformer2DModel.from_config(hub.component_config(self.model, "transformer"))
+
+    @cached_property
+    def text_tokens(self) -> int:
+        """Length to which T5 pads a prompt: 512 for FLUX.1-dev."""
+        return min(hub.component_config(self.model, "tokenizer_2", "tokenizer_config.json")["model_max_length"], T5_TOKENS)
+
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         """Both text encoders, frozen, with their tokenizers."""
         return TextEncoders(
             self._load(CLIPTokenizer, "tokenizer"),
             self._load(T5Tokenizer, "tokenizer_2"),
             _frozen(self._load(CLIPTextModel, "text_encoder", dtype=dtype, use_safetensors=True), device),
-            _frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), device),
+            fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device),
         )
 
     @torch.no_grad()
@@ -208,7 +224,22 @@ class Flux1:
 
 def t5_length(tokenizer: T5Tokenizer) -> int:
     """Padded prompt length in T5 tokens: the tokenizer's own, at most FLUX's 512."""
-    return min(tokenizer.model_max_length, 512)
+    return min(tokenizer.model_max_length, T5_TOKENS)
+
+
+def fitted_encoder(encoder: T5EncoderModel, device: torch.device, free_bytes: float | None = None) -> T5EncoderModel:
+    """T5 (9.5 GB for FLUX.1-dev in bf16) on a device; where that has not the room, its blocks come from host memory one after the other."""
+    if free_bytes is None:
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if sum(p.numel() * p.element_size() for p in encoder.parameters()) + T5_WORKSPACE_BYTES < free_bytes:
+        return _frozen(encoder, device)
+    blocks = list(encoder.encoder.block)
+    swapped = {id(p) for block in blocks for p in block.parameters()}
+    for p in encoder.parameters():
+        if id(p) not in swapped:
+            p.data = p.data.to(device)
+    BlockSwap(blocks, device)
+    return encoder
 
 
 def _frozen(module: Module, device: torch.device) -> Module:

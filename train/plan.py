@@ -1,0 +1,274 @@
+"""`MemoryPlan`: how a training fits into the GPU it runs on, chosen by arithmetic before anything loads.
+
+All sizes are bytes of 10**9 to the GB. Activations were counted with `torch.autograd.graph.saved_tensors_hooks`
+(tests/test_plan.py counts them again); speeds come from the GPU itself where there is one (train/speed.py).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import cast
+
+from torch import nn
+
+from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
+from lorabooth.families.flux1 import NORMS, VAE_SCALE
+from lorabooth.lora import LoraSpec
+
+GB = 1e9
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.516}
+"""Bytes of a base weight; nf4 with its block scales quantised too (4 + 8/64 + 32/(64 * 256) bits). Row scales of fp8 and int8 are left out."""
+BEST_FIRST = ("bf16", "int8", "fp8", "nf4")
+"""Precisions by exactness: of two plans of the same speed the first is taken."""
+SAVED = {"attention": ((15.2, 4), (14.1, 3)), "attention+ff": ((20.2, 6), (19.1, 5)), "all-linear": ((24.2, 6), (21.0, 5))}
+"""What a (double, single) block keeps for its backward, for each token: multiples of the width, and of the rank, in bf16 values."""
+SAVED_BY_DROPOUT = 13.5
+WORKSPACE = 12.0
+"""Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
+RESERVE_BYTES, RESERVE_SHARE = 0.7 * GB, 0.04
+"""Libraries' workspaces, and what the allocator cannot use between two blocks of memory, which grows with what it holds."""
+MFU = 0.5
+"""Share of the GPU's own rate of matrix products that a training step is taken to reach; it orders plans and is no promise."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Precision of the base's linears, how many blocks recompute their activations, how many live in host memory, and
+    whether the modulation is computed ahead, so that its linears need not be on the GPU (27 % of FLUX.1-dev)."""
+
+    precision: str
+    recomputed: int
+    swapped: int
+    precomputed: bool
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the base goes to the GPU part by part, by way of host memory."""
+        return self.precision not in ("bf16", "fp32") or self.swapped > 0 or self.precomputed
+
+    def __str__(self) -> str:
+        parts = [f"base {self.precision}", f"{self.recomputed} blocks recomputed" if self.recomputed else "nothing recomputed"]
+        parts += [f"{self.swapped} blocks in host memory"] if self.swapped else []
+        parts += ["modulation computed ahead"] if self.precomputed else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, those of the
+    modulation, and of everything else; and the weights that a LoRA would have."""
+
+    width: int
+    double: int
+    blocks: tuple[int, ...]
+    largest: int
+    modulation: int
+    rest: int
+    lora: int
+    text_tokens: int
+
+    @classmethod
+    def of(cls, transformer: nn.Module, spec: LoraSpec, text_tokens: int) -> "Shapes":
+        """Count them on a transformer, which may be on the meta device."""
+        blocks = blocks_of(transformer)
+        counts = [[m.weight.numel() for name, m in linears(block) if not re.fullmatch(NORMS, name)] for block in blocks]
+        modulation = sum(m.weight.numel() for block in blocks for name, m in linears(block) if re.fullmatch(NORMS, name))
+        chosen = [cast(nn.Linear, transformer.get_submodule(name)) for name in spec.module_names(transformer)]
+        total = sum(p.numel() for p in transformer.parameters())
+        return cls(
+            width=cast(nn.Linear, transformer.get_submodule("x_embedder")).out_features,
+            double=len(list(transformer.get_submodule("transformer_blocks").children())),
+            blocks=tuple(map(sum, counts)),
+            largest=max(max(block) for block in counts),
+            modulation=modulation,
+            rest=total - modulation - sum(map(sum, counts)),
+            lora=sum(spec.rank * (m.in_features + m.out_features) for m in chosen),
+            text_tokens=text_tokens,
+        )
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks in the order of the forward pass: double ones, then single ones."""
+    return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in transformer.get_submodule(name).children()]
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linears of a block by name."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does in a second: matrix products (10**12 operations), bytes (10**9) of its own memory and from the host's."""
+
+    tflop: float
+    memory_gb: float
+    host_gb: float
+    name: str
+
+
+ASSUMED = Speed(150, 900, 20, "an RTX 4090 (assumed)")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan with what it takes: bytes on the GPU by item, bytes in the host's memory, seconds a step (the mean over the resolutions)."""
+
+    plan: MemoryPlan
+    items: dict[str, float]
+    host_bytes: float
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """All items together."""
+        return sum(self.items.values())
+
+
+def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed) -> Estimate:
+    """What a plan takes for the largest picture of the recipe, and its mean time over all of them."""
+    each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
+    count = len(shapes.blocks)
+    swapped = shapes.blocks[count - plan.swapped :]
+    resident = sum(shapes.blocks) - sum(swapped)
+    # Two places for the blocks that come and go: one at work, one on its way.
+    slots = 2 * max(swapped, default=0)
+    tokens = config.batch_size * max(_tokens(shapes, px) for px in config.resolutions_px)
+    items = {
+        "base": (resident + slots) * each + shapes.rest * wide + (0 if plan.precomputed else shapes.modulation * each),
+        # Live in the base's precision with gradients; in fp32: master copy, its gradient, averaged weights, the start.
+        "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
+        "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
+        "activations": tokens * 2 * _saved(plan, shapes, config),
+        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_block(config)[0][0] * shapes.width if plan.recomputed else 0)),
+        "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
+    }
+    items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
+    host = sum(swapped) * each + (shapes.modulation * wide if plan.precomputed else 0)
+    seconds = sum(_seconds(plan, shapes, config, speed, px) for px in config.resolutions_px) / len(config.resolutions_px)
+    return Estimate(plan, items, host, seconds)
+
+
+def optimizer_bytes(name: str) -> float:
+    """Bytes of an optimiser's state for each weight; `auto` is adamw8bit where memory matters."""
+    return {"auto": 2.1, "adamw8bit": 2.1, "adam8bit": 2.1, "lion8bit": 1.05, "lion": 4, "adagrad": 4, "adafactor": 0.1, "prodigy": 16}.get(name, 8.0)
+
+
+def _tokens(shapes: Shapes, px: int) -> int:
+    return shapes.text_tokens + (px // (2 * VAE_SCALE)) ** 2
+
+
+def _block(config: TrainConfig) -> tuple[tuple[float, int], tuple[float, int]]:
+    return SAVED["attention+ff" if config.layers_to_optimize_regex else config.targets if config.targets in SAVED else "all-linear"]
+
+
+def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
+    """Values kept for the backward pass for each token, by all blocks; the first blocks are those that recompute."""
+    total = 0.0
+    for i in range(len(shapes.blocks)):
+        units, ranks = _block(config)[i >= shapes.double]
+        whole = (units + (SAVED_BY_DROPOUT if config.lora_dropout else 0)) * shapes.width + ranks * config.lora_rank
+        total += shapes.width if i < plan.recomputed else whole
+    return total
+
+
+def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed, px: int) -> float:
+    """A step's computing, or the transfers beside it where they take longer. FLOPs: 2 for each weight and token, 4 d N^2 for attention."""
+    tokens, count = _tokens(shapes, px), len(shapes.blocks)
+    recomputed = plan.recomputed / count
+    products = 2e-12 * sum(shapes.blocks) * tokens * config.batch_size
+    attention = 4e-12 * count * shapes.width * tokens**2 * config.batch_size
+    computing = ((2 + recomputed) * products + (3 + recomputed) * attention) / (speed.tflop * MFU)
+    if plan.precision not in ("bf16", "fp32"):  # read, write as bf16, in each pass
+        computing += (2 + recomputed) * sum(shapes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
+    weights = sum(shapes.blocks[count - plan.swapped :]) * BYTES[plan.precision]
+    moving = 2 * weights / (speed.host_gb * GB)
+    ahead = shapes.modulation * 2 / (speed.host_gb * GB) / WINDOW if plan.precomputed else 0.0
+    return (max(computing, moving) + ahead) * config.gradient_accumulation
+
+
+WINDOW = 64
+"""Batches whose modulation is computed at a time: the linears pass through the GPU once for all of them."""
+
+
+def candidates(shapes: Shapes, config: TrainConfig) -> Iterator[MemoryPlan]:
+    """Every plan that the recipe allows."""
+    count = len(shapes.blocks)
+    reads_base = config.use_dora or config.lora_init == "pissa"
+    precisions: tuple[str, ...] = BEST_FIRST if config.precision == "auto" else (config.precision,)
+    if reads_base:
+        precisions = tuple(p for p in precisions if p == "bf16")
+    counts = {"auto": range(count + 1), "none": (0,), "all": (count,)}
+    recomputed = counts.get(config.gradient_checkpointing) or (min(int(config.gradient_checkpointing), count),)
+    swapped = range(count + 1) if config.blocks_to_swap is None else (min(config.blocks_to_swap, count),)
+    adapts_modulation = bool(_block(config) is SAVED["all-linear"])
+    ahead = (False, True) if config.precompute_modulation is None else (config.precompute_modulation,)
+    for precision, k, s, m in product(precisions, recomputed, swapped, ahead):
+        if (s and k < count) or (m and adapts_modulation) or (s and precision == "nf4"):
+            continue  # a swapped block's weights are gone when its backward wants them, unless it runs again
+        yield MemoryPlan(precision, k, s, m)
+
+
+def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> list[Estimate]:
+    """The plans that fit, the fastest first. nf4 comes last, for it alone loses exactness that shows."""
+    found = [estimate(plan, shapes, config, speed) for plan in candidates(shapes, config)]
+    found = [e for e in found if e.bytes <= gpu_bytes and e.host_bytes <= host_bytes]
+
+    def rank(e: Estimate) -> tuple[object, ...]:
+        return e.plan.precision == "nf4", round(e.seconds, 4), BEST_FIRST.index(e.plan.precision), e.plan.precomputed, e.plan.swapped, e.bytes
+
+    return sorted(found, key=rank)
+
+
+def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> list[Estimate]:
+    """The fastest plan that fits, and after it those that take less memory, each the fastest of its kind; a UserError that says what would fit."""
+    found = fitting(shapes, config, speed, gpu_bytes, host_bytes)
+    if not found:
+        raise _does_not_fit(shapes, config, speed, gpu_bytes, host_bytes)
+    lighter = found[:1]
+    for candidate in found[1:]:
+        if candidate.bytes < 0.93 * lighter[-1].bytes:
+            lighter.append(candidate)
+    return lighter
+
+
+def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> UserError:
+    """The sentence, with the settings that would fit."""
+    least = min((estimate(plan, shapes, config, speed) for plan in candidates(shapes, config)), key=lambda e: e.bytes, default=None)
+    if least is None:
+        return UserError("these settings exclude each other: DoRA and PiSSA need precision bf16, and swapped blocks are recomputed and not nf4")
+    free: dict[str, object] = {"precision": "auto", "gradient_checkpointing": "auto", "blocks_to_swap": None, "precompute_modulation": None}
+    changes: list[dict[str, object]] = [free, {"batch_size": 1}, free | {"batch_size": 1}]
+    changes += [free | {"batch_size": 1, "resolution": str(px)} for px in (1024, 768, 512, 256) if px <= max(config.resolutions_px)]
+    for change in changes:
+        if fitting(shapes, config.model_copy(update=change), speed, gpu_bytes, host_bytes):
+            flags = {f"--{name.replace('_', '-')}": value for name, value in change.items() if value != getattr(config, name)}
+            hint = "these would fit: " + " ".join(f"{flag} {value}" if value is not None else f"(no {flag})" for flag, value in flags.items())
+            break
+    else:
+        hint = "use a GPU with more memory, or stop other programs on this one (nvidia-smi lists them)"
+    host = f" and {least.host_bytes / GB:.1f} GB of {host_bytes / GB:.1f} GB host memory" if least.host_bytes > host_bytes else ""
+    return UserError(f"this training needs {least.bytes / GB:.1f} GB of GPU memory{host} at least, and {gpu_bytes / GB:.1f} GB are free", hint=hint)
+
+
+def next_lighter(plan: MemoryPlan, estimates: list[Estimate]) -> MemoryPlan | None:
+    """The plan to try after `plan` ran out of memory; None where there is none."""
+    plans = [e.plan for e in estimates]
+    place = plans.index(plan) if plan in plans else -1
+    return plans[place + 1] if place + 1 < len(plans) else None
+
+
+def table(estimates: list[Estimate], config: TrainConfig, speed: Speed) -> str:
+    """The first plan in full and the next cheaper one, as text."""
+    best = estimates[0]
+    lines = [f"plan: {best.plan}", ""]
+    lines += [f"  {name:<22}{size / GB:6.1f} GB" for name, size in best.items.items() if size >= 0.05 * GB]
+    lines += [f"  {'together':<22}{best.bytes / GB:6.1f} GB on the GPU, {best.host_bytes / GB:.1f} GB in host memory"]
+    total = best.seconds * config.steps
+    lines += ["", f"time: about {best.seconds:.2f} s a step, {total / 60:.0f} minutes for {config.steps} steps on {speed.name}"]
+    if len(estimates) > 1:
+        other = estimates[1]
+        lines += [f"next cheaper: {other.plan}: {other.bytes / GB:.1f} GB, {other.seconds / best.seconds:.2f} times as long"]
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""`lorabooth plan`: how a training would fit, before anything loads."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from lorabooth.families import load_family
+from lorabooth.machine import memory_bytes
+from train.command import config_options, recipe_config
+from train.plan import ASSUMED, GB, choose, table
+from train.planning import HOST_SHARE, shapes_of
+from train.speed import measured
+
+
+@click.command()
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file of settings; options given here win over it. [default: none]")
+@click.option("--vram-gb", type=click.FloatRange(min=1), help="Free memory of the GPU in GB. [default: what is free on the first one]")
+@click.option("--ram-gb", type=click.FloatRange(min=1), help="Free memory of the host in GB. [default: what is free here]")
+@click.option("--json", "as_json", is_flag=True, help="Print every plan that fits as JSON, the fastest first; bytes and seconds.")
+@config_options
+def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_json: bool, **values: Any) -> None:
+    """Show the fastest way to train that fits a GPU: memory by item, seconds a step, and the next cheaper way. Nothing is loaded but configs.
+
+    \b
+    Example:
+      lorabooth plan --vram-gb 12 --resolution 768
+    """
+    values["preview_prompts"] = values["preview_prompts"] or None
+    values["trigger_word"] = values["trigger_word"] or "TOK"  # it changes nothing here
+    config = recipe_config(recipe, values)
+    if vram_gb is None and not torch.cuda.is_available():
+        raise click.UsageError("torch finds no CUDA GPU here; say how much memory the GPU has with --vram-gb 24")
+    gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
+    host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
+    speed = measured() if torch.cuda.is_available() else ASSUMED
+    estimates = choose(shapes_of(config, load_family(config.model)), config, speed, gpu_bytes, host_bytes)
+    if as_json:
+        rows = [asdict(e) | {"bytes": e.bytes} for e in estimates]
+        click.echo(json.dumps({"gpu_bytes": gpu_bytes, "host_bytes": host_bytes, "speed": asdict(speed), "plans": rows}, indent=1))
+    else:
+        click.echo(table(estimates, config, speed))

@@ -1,0 +1,33 @@
+"""Which plans fit the machine at hand: the arithmetic of train/plan.py on what is free here."""
+
+import torch
+
+from lorabooth.config import TrainConfig
+from lorabooth.families.flux1 import Flux1
+from lorabooth.lora import LoraSpec
+from lorabooth.machine import memory_bytes
+from train.plan import Estimate, MemoryPlan, Shapes, Speed, choose, estimate
+from train.speed import measured
+
+HOST_SHARE = 0.8
+"""How much of the host's free memory pinned weights may take; the operating system needs the rest."""
+
+
+def plans_for(config: TrainConfig, family: Flux1, device: torch.device) -> list[Estimate]:
+    """The plan for this device, and lighter ones after it. On a CPU there is nothing to fit: what the recipe asks for, in fp32."""
+    shapes = shapes_of(config, family)
+    if device.type == "cuda":
+        return choose(shapes, config, measured(), torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE)
+    count = len(shapes.blocks)
+    swapped = min(config.blocks_to_swap or 0, count)
+    words = {"auto": count if swapped else 0, "none": 0, "all": count}
+    asked = words.get(config.gradient_checkpointing)
+    recomputed = min(int(config.gradient_checkpointing), count) if asked is None else asked
+    precision = "fp32" if config.precision in ("auto", "bf16") else config.precision
+    plan = MemoryPlan(precision, recomputed, swapped, bool(config.precompute_modulation))
+    return [estimate(plan, shapes, config, Speed(0.1, 10, 10, "the CPU"))]
+
+
+def shapes_of(config: TrainConfig, family: Flux1) -> Shapes:
+    """The sizes of a recipe's base and LoRA, from its configs alone."""
+    return Shapes.of(family.empty_transformer(), LoraSpec.of(config), family.text_tokens)

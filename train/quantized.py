@@ -1,0 +1,109 @@
+"""The frozen base's linears in 8 or 4 bits: stored small, multiplied in the precision of their input.
+
+int8 and fp8 are ours, thirty lines: bitsandbytes' int8 casts to fp16, which FLUX's activations overflow, and libraries' fp8 either keep the
+bf16 weights or have no backward. nf4 is bitsandbytes' own (Dettmers et al. 2023, arXiv 2305.14314), with double quantisation.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorabooth.errors import UserError
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""The largest number that the format holds; e4m3's for fp8."""
+
+
+def quantized(linear: nn.Linear, precision: str, device: torch.device) -> nn.Linear:
+    """A frozen linear of the same function, nearly, on `device`: one of `QuantizedLinear` or bitsandbytes' `Linear4bit`."""
+    linear = linear.to(device)
+    if precision != "nf4":
+        return QuantizedLinear(linear, precision)
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError:
+        raise UserError("precision nf4 needs bitsandbytes, which is not installed", hint="pip install bitsandbytes, or choose --precision int8") from None
+    small: nn.Linear = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, device="meta")
+    weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    small.weight = weight.to(device)
+    small.bias = linear.bias
+    return small
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear whose weight is stored as int8 or fp8 (e4m3) with a scale for each row; y = x (scale * q)^T + b.
+
+    weight: [out, in], one byte a value (fp8 as its bits); scale: [out, 1], fp32.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: str):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        rows = linear.weight.detach().float()
+        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[precision]
+        stored = (rows / scale).round().to(torch.int8) if precision == "int8" else (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's precision."""
+        product = _Fp8Product if self.weight.dtype == torch.uint8 and multiplies_fp8(x.device) else _Product
+        result: Tensor = product.apply(x, self.weight, self.scale, self.bias)
+        return result
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the small weight for the backward pass, not the wide copy that each pass makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, wide(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return gradients[0] @ wide(weight, scale, gradients[0].dtype), None, None, None
+
+
+class _Fp8Product(torch.autograd.Function):
+    """Both products in fp8, where the GPU has them at twice the rate of bf16: inputs and gradients are rounded too, with a scale for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        y = fp8_product(x, weight.view(torch.float8_e4m3fn).t(), scale.t())
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        # The rows' scales lie along the sum here, so they go to the gradient. The kernel wants the second matrix by columns: a copy, a byte a weight.
+        columns = weight.t().contiguous().t().view(torch.float8_e4m3fn)
+        even = torch.ones(1, weight.shape[1], device=weight.device)
+        return fp8_product(gradients[0], columns, even, by=scale.t()), None, None, None
+
+
+@cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies fp8 in hardware: NVIDIA's since Ada (8.9)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fp8_product(x: Tensor, columns: Tensor, column_scale: Tensor, by: Tensor | None = None) -> Tensor:
+    """x [..., K] (times `by` [1, K]) @ columns [K, M] in fp8, stored by columns, times column_scale [1, M]; in x's precision."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = rows if by is None else rows * by
+    row_scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST["fp8"]
+    small = (rows / row_scale).to(torch.float8_e4m3fn)
+    y = torch._scaled_mm(small, columns, scale_a=row_scale, scale_b=column_scale.contiguous(), out_dtype=torch.bfloat16)
+    return y.to(x.dtype).view(*x.shape[:-1], columns.shape[1])
+
+
+def wide(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that the small one stands for."""
+    values = weight.view(torch.float8_e4m3fn) if weight.dtype == torch.uint8 else weight
+    return values.to(dtype) * scale.to(dtype)

@@ -1,0 +1,37 @@
+"""How fast this GPU is, measured in a third of a second: what a plan's times are made of."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from train.plan import ASSUMED, GB, Speed
+
+SIDE = 4096
+COPY_BYTES = 256 * 1024**2
+
+
+def measured() -> Speed:
+    """The first CUDA GPU's; without one, an assumed card's."""
+    if not torch.cuda.is_available():
+        return ASSUMED
+    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    near, host = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda"), torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    return Speed(
+        tflop=2 * SIDE**3 / 1e12 / _seconds(lambda: a @ b),
+        memory_gb=2 * COPY_BYTES / GB / _seconds(near.clone),
+        host_gb=COPY_BYTES / GB / _seconds(lambda: near.copy_(host, non_blocking=True)),
+        name=torch.cuda.get_device_name(),
+    )
+
+
+def _seconds(work: Callable[[], object], times: int = 10) -> float:
+    """The mean of several, after two to warm up."""
+    for _ in range(2):
+        work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
