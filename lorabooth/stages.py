@@ -5,13 +5,15 @@ stages in this process, since importing torch and diffusers costs more than the 
 """
 
 import importlib
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-from lorabooth.errors import StageFailed
+from lorabooth.errors import StageFailed, UserError
 from lorabooth.runs import RunDir
 
 STAGES = {
@@ -23,10 +25,14 @@ STAGES = {
 """Stage -> module, function, and the words after `python -m`."""
 
 
-def run_stage(name: str, run_dir: RunDir) -> None:
-    """Run one stage of a run to its end. Raises what the stage raises, or StageFailed where it was a process."""
+def run_stage(name: str, run_dir: RunDir, launch: str = "") -> None:
+    """Run one stage of a run to its end. Raises what the stage raises, or StageFailed where it was a process.
+
+    launch: what starts the training stage in place of this Python, such as `accelerate launch --num_processes 2`.
+    """
     module, function, words = STAGES[name]
-    if run_dir.config.model == "mini":
+    launch = launch if name == "fit" else ""
+    if run_dir.config.model == "mini" and not launch:
         stage = load(module, function)
         if name == "caption":
             for note in stage(run_dir.path):
@@ -34,9 +40,19 @@ def run_stage(name: str, run_dir: RunDir) -> None:
         else:
             stage(run_dir)
         return
-    process = subprocess.Popen([sys.executable, "-m", words[0], *words[1:], str(run_dir.path)])
+    starter = shlex.split(launch) or [sys.executable]
+    try:
+        process = subprocess.Popen([*starter, "-m", words[0], *words[1:], str(run_dir.path)])
+    except OSError as error:
+        raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
     # Unlike Ctrl-C, a SIGTERM (kill, docker stop) reaches this process only; without passing it on the stage would be an orphan.
-    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    asked: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -46,7 +62,8 @@ def run_stage(name: str, run_dir: RunDir) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
-    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+    # A launcher of several processes has exit codes of its own for it.
+    if code in (130, -signal.SIGINT, -signal.SIGTERM) or (code and asked):
         raise KeyboardInterrupt
     if code:
         raise StageFailed(name, code)

@@ -1,7 +1,9 @@
 """Stages as processes of their own, as every model but mini runs them: here a tiny FLUX pipeline in a local folder."""
 
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +67,7 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *train], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     end = time.monotonic() + 180
-    while not run.history():
+    while not any("loss" in row for row in run.history()):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -78,16 +80,31 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
         pass  # nobody holds it: the stage has ended, too
 
 
-def test_photos_that_changed_since_are_said(demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_photos_that_changed_since_are_refused_and_a_touched_file_is_not(demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     photos = tmp_path / "photos.zip"
     photos.write_bytes(demo_photos.read_bytes())
     train = ["train", str(photos), "--model", "mini", *SETTINGS, "--steps", "1", "--preview-every", "0", "--out", str(tmp_path / "run")]
     assert main(train) == 0
+    os.utime(photos, (1, 1))
     assert main(train) == 0
-    assert "has changed" not in capsys.readouterr().err
     photos.write_bytes(demo_photos.read_bytes() + b"more")
+    capsys.readouterr()
+    assert main(train) == 2
+    assert "has changed since the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_a_run_does_not_go_on_with_another_base(demo_photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], component: str):
+    folder = tiny(tmp_path / "model")
+    run = RunDir(tmp_path / "run")
+    train = ["train", str(demo_photos), "--model", str(folder), *SETTINGS, "--steps", "1", "--preview-every", "0", "--out", str(run.path)]
     assert main(train) == 0
-    assert "has changed since this run took it in" in capsys.readouterr().err
+    shutil.copytree(tiny(tmp_path / "other", seed=1) / component, folder / component, dirs_exist_ok=True)
+    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.cache)
+    capfd.readouterr()
+    assert main(train) == 2
+    assert f"the {component} of model has changed since the run" in capfd.readouterr().err
 
 
 def test_memory_that_is_used_up_on_the_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
@@ -23,7 +27,7 @@ from safetensors.torch import load, load_file
 from infer.engine import Engine
 from infer.loras import resolve
 from infer.request import Request
-from lorabooth import stages
+from lorabooth import sampling, stages
 from lorabooth.cli import main
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
@@ -31,9 +35,10 @@ from lorabooth.families import load_family
 from lorabooth.photos import Bucket, Manifest, ingest
 from lorabooth.runs import RunDir
 from train import encode, fit
+from train.__main__ import main as train_stages
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.command import recipe_config, train
-from train.data import Cache, Item, Sampler, cached_key, stem, write_cached
+from train.data import Cache, Item, Sampler, cached_key, items, stem, validation_items, write_cached
 
 SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
 
@@ -63,10 +68,12 @@ def flip_bit(file: Path) -> None:
 # The loss
 
 
-def loss_as_in_diffusers(transformer: torch.nn.Module, latents: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, conditioning) -> torch.Tensor:
-    """The loss of examples/dreambooth/train_dreambooth_lora_flux.py with --weighting_scheme logit_normal and --guidance_scale 1."""
+def loss_as_in_diffusers(
+    transformer: torch.nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, conditioning, scheme: str
+) -> torch.Tensor:
+    """The loss of examples/dreambooth/train_dreambooth_lora_flux.py with --guidance_scale 1, at given noise levels."""
     b, c, h, w = latents.shape
-    sigmas = torch.sigmoid(u).view(-1, 1, 1, 1)
+    sigmas = sigmas.view(-1, 1, 1, 1)
     noisy = (1.0 - sigmas) * latents + sigmas * noise
     predicted = transformer(
         hidden_states=FluxPipeline._pack_latents(noisy, b, c, h, w),
@@ -80,22 +87,39 @@ def loss_as_in_diffusers(transformer: torch.nn.Module, latents: torch.Tensor, no
     )[0]
     predicted = FluxPipeline._unpack_latents(predicted, height=h * 8, width=w * 8, vae_scale_factor=8)
     target = noise - latents
-    weighting = torch.ones_like(sigmas)
+    weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
     return torch.mean((weighting.float() * (predicted.float() - target.float()) ** 2).reshape(b, -1), 1).mean()
 
 
-def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir):
+# How the script draws noise levels (compute_density_for_timestep_sampling); the last with the shift that FLUX samples with.
+LEVELS = {
+    "logit-normal": lambda count, _, generator: torch.sigmoid(torch.randn(count, generator=generator)),
+    "uniform": lambda count, _, generator: torch.rand(count, generator=generator),
+    "shifted": lambda count, tokens, generator: shifted_as_in_diffusers(torch.sigmoid(torch.randn(count, generator=generator)), tokens),
+}
+
+
+def shifted_as_in_diffusers(sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
+    return FlowMatchEulerDiscreteScheduler().time_shift(calculate_shift(tokens), 1.0, sigmas)
+
+
+@pytest.mark.parametrize(
+    ("levels", "weighting"), [("logit-normal", "none"), ("uniform", "none"), ("shifted", "none"), ("logit-normal", "sigma_sqrt"), ("uniform", "cosmap")]
+)
+def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir, levels: str, weighting: str):
     trainer = trainer_of(run)
+    trainer.config = run.config.model_copy(update={"sigma_sampling": levels, "loss_weighting": weighting})
     with torch.no_grad():  # lora_B starts at zero, which would make every gradient of lora_A zero
         for p in trainer.state.parameters:
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    batch = trainer.cache.batch(trainer.sampler.batch(0), 0.0, random.Random(0))
+    batch = trainer.cache.batch(trainer.sampler.batch(0), trainer.config, random.Random(0))
     generator = torch.Generator().manual_seed(7)
     loss = fit.loss_of(trainer, batch, generator)
     ours = torch.autograd.grad(loss, trainer.state.parameters)
     generator.manual_seed(7)
-    noise, u = torch.randn(batch.latents.shape, generator=generator), torch.randn(len(batch.latents), generator=generator)
-    reference = loss_as_in_diffusers(trainer.raw, batch.latents, noise, u, batch.conditioning)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    sigmas = LEVELS[levels](len(noise), noise[0, 0].numel() // 4, generator)
+    reference = loss_as_in_diffusers(trainer.raw, batch.latents, noise, sigmas, batch.conditioning, weighting)
     theirs = torch.autograd.grad(reference, trainer.state.parameters)
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
     assert len(ours) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
@@ -136,10 +160,104 @@ def test_the_order_is_a_function_of_the_seed_alone():
 def test_a_dropped_caption_is_the_bare_trigger(run: RunDir):
     cache, sampler = Cache(run), trainer_of(run).sampler
     picked = sampler.batch(0)
-    dropped, kept = (cache.batch(picked, rate, random.Random(0)).conditioning.embeds for rate in (1.0, 0.0))
+    configs = (run.config.model_copy(update={"caption_dropout_rate": rate}) for rate in (1.0, 0.0))
+    dropped, kept = (cache.batch(picked, config, random.Random(0)).conditioning.embeds for config in configs)
     trigger = load_file(run.cache / "trigger.text.safetensors")["embeds"]
     assert all(torch.equal(row, trigger) for row in dropped)
     assert not any(torch.equal(row, trigger) for row in kept)
+
+
+def test_what_a_mask_hides_is_not_in_the_loss(demo_photos: Path, tiny_command: list[str], tmp_path: Path):
+    photos = tmp_path / "photos"
+    with zipfile.ZipFile(demo_photos) as archive:
+        archive.extractall(photos)
+    for file in sorted(photos.glob("*.png")):
+        mask = Image.new("L", Image.open(file).size, 0)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save(file.with_suffix(".mask.png"))
+    run = RunDir(tmp_path / "run")
+    assert main(["train", str(photos), *tiny_command[2:], "--horizontal-flip", "true", "--preview-every", "0", "--out", str(run.path)]) == 0
+    shutil.rmtree(run.checkpoints)
+    trainer = trainer_of(run)
+    for flipped in (False, True):
+        [item] = [item for item in items(Manifest.load(run.path), run.config) if item.photo == "00001" and item.flipped == flipped]
+        batch = trainer.cache.batch([item], trainer.config, random.Random(0))
+        weights = batch.weights.reshape(item.bucket.height_px // 16, item.bucket.width_px // 16)
+        shown, hidden = weights.chunk(2, dim=1)[:: -1 if flipped else 1]
+        assert weights.mean() == pytest.approx(1) and (hidden < 0.01).all() and (shown > 1.9).all()
+        other = batch.latents.clone()
+        other.unflatten(3, (2, -1))[:, :, :, 0 if flipped else 1] += 1
+        # The model sees the hidden half, so what it says of the other changes a little; what it says of the hidden one does not count.
+        noisy = [fit.loss_of(trainer, replace(batch, latents=latents), torch.Generator().manual_seed(3)).item() for latents in (batch.latents, other)]
+        even = [
+            fit.loss_of(trainer, replace(batch, latents=latents, weights=torch.ones_like(batch.weights)), torch.Generator().manual_seed(3)).item()
+            for latents in (batch.latents, other)
+        ]
+        assert abs(noisy[1] - noisy[0]) < 0.3 * abs(even[1] - even[0])
+
+
+# What the LoRA must leave alone
+
+
+def test_the_class_phrase_stands_where_the_trigger_stood():
+    assert encode.of_class("a TOK in a hat, TOKYO behind TOK", "TOK", "a man") == "a man in a hat, TOKYO behind a man"
+    assert encode.of_class("TOK's dog and the <x>", "<x>", r"a \1 dog") == r"TOK's dog and a \1 dog"
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_preserving_batch_aims_at_the_base_and_leaves_the_weights_alone(run: RunDir, init: str):
+    config = run.config.model_copy(update={"preservation_rate": 0.5, "lora_init": init, "lora_dropout": 0.1})
+    run._write_config(config)
+    encode.run(run)
+    trainer = trainer_of(run)
+    picked = trainer.sampler.batch(0)
+    batches = [trainer.cache.batch(picked, config, random.Random(seed)) for seed in range(100)]
+    assert 30 < sum(batch.preserve for batch in batches) < 70
+    preserving = next(batch for batch in batches if batch.preserve)
+    captions = load_file(run.cache / f"{picked[0].photo}-class.text.safetensors")["embeds"]
+    assert torch.equal(preserving.conditioning.embeds[0], captions)
+
+    trainer.raw.eval()  # no dropout, so that a LoRA which has learned nothing is the base
+    assert fit.loss_of(trainer, preserving, torch.Generator().manual_seed(1)) < 1e-6
+    learned = []
+    with torch.no_grad():
+        for p in trainer.state.parameters:
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            learned.append(p.clone())
+    loss = fit.loss_of(trainer, preserving, torch.Generator().manual_seed(1))
+    assert loss > 1e-4
+    assert all(torch.equal(p, q) for p, q in zip(trainer.state.parameters, learned, strict=True))
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, trainer.state.parameters))
+
+
+def test_mirrored_photos_are_photos_of_their_own(run: RunDir):
+    run._write_config(run.config.model_copy(update={"horizontal_flip": True}))
+    manifest = Manifest.load(run.path)
+    found = items(manifest, run.config)
+    assert len(found) == 2 * len(manifest.photos) and sum(item.flipped for item in found) == len(manifest.photos)
+    plain, mirrored = (item for item in found if item.photo == found[0].photo)
+    file = run.photos / f"{plain.photo}.png"
+    assert torch.equal(encode.pixels(file, plain).flip(-1), encode.pixels(file, mirrored))
+    encode.run(run)
+    assert all((run.cache / item.latents_name).exists() for item in found)
+
+
+# Held-out photos
+
+
+def test_held_out_photos_are_not_trained_on_and_their_loss_falls(tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunDir(tmp_path / "run")
+    options = ["--validation-photos", "1", "--validation-every", "5", "--steps", "20", "--learning-rate", "0.002", "--preview-every", "0"]
+    assert main([*tiny_command, *options, "--out", str(run.path)]) == 0
+    rows = [row for row in run.history() if row.get("event") == "validation"]
+    assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    manifest = Manifest.load(run.path)
+    [kept_out] = validation_items(manifest, run.config)
+    assert kept_out.photo not in {item.photo for item in items(manifest, run.config)}
+    assert "held out" in (run.path / "report.html").read_text()
+    assert main([*tiny_command, "--validation-photos", "3", "--out", str(tmp_path / "none")]) == 2
+    assert "validation_photos is 3 of 3 photos: none is left to train on" in capsys.readouterr().err
 
 
 # Averaged weights
@@ -161,15 +279,34 @@ def test_averaged_weights_are_the_average_and_previews_leave_the_raw_ones_alone(
     assert Image.open(run.samples / "step-000003-0.png").size == (64, 64)
 
 
-def test_the_exported_weights_are_the_averaged_ones(tiny_run: Path):
-    exported = load_file(tiny_run / "lora.safetensors")
-    last = tiny_run / "checkpoints" / "step-000004"
+def test_a_preview_that_the_gpu_has_no_room_for_is_decoded_on_the_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    trainer, decode, calls = trainer_of(run), sampling.decode, []
+
+    def full(*inputs):
+        calls.append(inputs)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*inputs)
+
+    monkeypatch.setattr(sampling, "decode", full)
+    fit.preview(trainer)
+    assert len(calls) == 2 and Image.open(run.samples / "step-000000-0.png").size == (64, 64)
+
+
+def test_the_exported_weights_are_the_averaged_ones_and_the_raw_ones_on_request(tiny_run: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert train_stages(["export", str(folder), "--raw"]) is None
+    exported, unaveraged = load_file(folder / "lora.safetensors"), load_file(folder / "lora-raw.safetensors")
+    last = folder / "checkpoints" / "step-000004"
     raw, ema = ([t for t in load_file(last / name).values()] for name in ("lora.safetensors", "ema.safetensors"))
 
     def total(tensors) -> float:
         return sum(float(t.double().abs().sum()) for t in tensors)
 
     assert total(exported.values()) == pytest.approx(total(ema), rel=1e-9) != pytest.approx(total(raw), rel=1e-6)
+    assert total(unaveraged.values()) == pytest.approx(total(raw), rel=1e-9)
+    with pytest.raises(UserError, match="usage: python -m train encode"):
+        train_stages(["fit", str(folder), "--raw"])
 
 
 # What comes out
@@ -262,7 +399,7 @@ def test_a_ctrl_c_in_each_stage_ends_with_130_and_the_same_command_goes_on(tmp_p
     assert 1 <= stopped_at < 8, "the step at hand was not saved"
     assert main(command) == 0, capsys.readouterr().err
     assert f"{stopped_at}/8" in capsys.readouterr().err, "it did not go on from the step it had saved"
-    assert run.lora.exists() and [row["step"] for row in run.history()] == list(range(1, 9))
+    assert run.lora.exists() and [row["step"] for row in run.history() if "loss" in row] == list(range(1, 9))
 
 
 def test_a_training_killed_and_resumed_gives_the_same_bytes_as_one_that_was_not(tiny_command: list[str], tmp_path: Path):
@@ -357,6 +494,15 @@ def test_a_damaged_cache_file_is_encoded_again_and_the_others_are_kept(run: RunD
         else:
             assert file.stat().st_mtime_ns == written
     assert {file.name for file in run.cache.iterdir()} == before.keys()
+
+
+def test_photos_smaller_than_the_resolution_are_named(run: RunDir):
+    manifest = Manifest.load(run.path)
+    sides = {photo.original: f"{photo.width_px} x {photo.height_px}" for photo in manifest.photos}
+    large = max(max(photo.width_px, photo.height_px) for photo in manifest.photos) + 200
+    assert encode.enlarged(manifest, run.config.model_copy(update={"resolution": "64"})) == []
+    [note] = encode.enlarged(manifest, run.config.model_copy(update={"resolution": f"64,{large}"}))
+    assert note.startswith(f"3 of 3 photos are enlarged to train at {large} px: ") and all(f"{name} ({size})" in note for name, size in sides.items())
 
 
 def test_a_changed_caption_is_encoded_again(run: RunDir):

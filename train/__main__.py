@@ -10,9 +10,11 @@ from lorabooth.runs import RunDir
 
 def main(arguments: list[str]) -> None:
     """Run the stage named by the first argument on the run named by the second."""
-    if len(arguments) != 2 or arguments[0] not in ("encode", "fit", "export"):
-        raise UserError("usage: python -m train encode|fit|export RUN")
-    stage, folder = arguments
+    raw = arguments[:1] == ["export"] and "--raw" in arguments
+    words = [word for word in arguments if not (raw and word == "--raw")]
+    if len(words) != 2 or words[0] not in ("encode", "fit", "export"):
+        raise UserError("usage: python -m train encode|fit|export RUN, or python -m train export RUN --raw for the weights without averaging")
+    stage, folder = words
     run_dir = RunDir.open(Path(folder))
     if stage == "encode":
         from train import encode
@@ -25,7 +27,7 @@ def main(arguments: list[str]) -> None:
     else:
         from train import export
 
-        print(export.run(run_dir))
+        print(export.run(run_dir, raw))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lorabooth.errors import UserError
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
 
 KEPT = 2
@@ -28,6 +29,7 @@ class TrainState:
     parameters: list[Tensor]
     ema: list[Tensor]
     optimizer: torch.optim.Optimizer
+    optimizer_name: str
 
 
 def save_checkpoint(run: RunDir, state: TrainState) -> None:
@@ -40,10 +42,15 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
     part = run.checkpoints / f".part-{os.getpid()}"
     part.mkdir(parents=True)
     try:
-        for name, tensors in _files(state).items():
-            write_durable(part / name, save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}))
+        moments: dict[str, Tensor] = {}
+        optimizer = _without_tensors(state.optimizer.state_dict(), "", moments)
+        files = {"lora.safetensors": _numbered(state.parameters), "ema.safetensors": _numbered(state.ema), "optimizer.safetensors": moments}
+        for name, tensors in files.items():
+            # Cloned: bitsandbytes' states share one table, and a safetensors file holds no shared tensors.
+            write_durable(part / name, save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}))
         hashes = {file.name: sha256_file(file) for file in part.iterdir()}
-        write_durable(part / "state.json", json.dumps({"step": state.step, "sha256": hashes}).encode())
+        record = {"step": state.step, "optimizer_name": state.optimizer_name, "optimizer": optimizer, "sha256": hashes}
+        write_durable(part / "state.json", json.dumps(record).encode())
         sync_folder(part)
         publish(part, folder)
     except BaseException:  # a full disk, Ctrl-C: the older checkpoint stays, no litter beside it
@@ -60,31 +67,39 @@ def load_checkpoint(run: RunDir, state: TrainState) -> None:
         record = verified(folder)
         if record is None:
             continue
-        _restore(state, {name: load_file(folder / name) for name in ("lora.safetensors", "ema.safetensors", "optimizer.safetensors")})
+        if record["optimizer_name"] != state.optimizer_name:
+            raise UserError(
+                f"the run {run.path} was trained with {record['optimizer_name']} so far, and here 'auto' means {state.optimizer_name}",
+                hint="go on with it on a machine of the same kind, or start a new run with --out FOLDER",
+            )
+        lora, ema, moments = (load_file(folder / f"{name}.safetensors") for name in ("lora", "ema", "optimizer"))
+        with torch.no_grad():
+            for i, (parameter, average) in enumerate(zip(state.parameters, state.ema, strict=True)):
+                parameter.copy_(lora[str(i)])
+                average.copy_(ema[str(i)])
+        optimizer = _with_tensors(record["optimizer"], moments)
+        state.optimizer.load_state_dict(optimizer | {"state": {int(i): moment for i, moment in optimizer["state"].items()}})
         state.step = record["step"]
         return
 
 
-def _files(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    moments = {
-        f"{i}.{name}": value
-        for i, parameter in enumerate(state.parameters)
-        for name, value in state.optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
-    return {"lora.safetensors": _numbered(state.parameters), "ema.safetensors": _numbered(state.ema), "optimizer.safetensors": moments}
+def _without_tensors(value: Any, name: str, taken: dict[str, Tensor]) -> Any:
+    """An optimiser's state_dict as JSON: each tensor is put into `taken` by the name of its place, and that name into the JSON."""
+    if isinstance(value, Tensor):
+        taken[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {str(key): _without_tensors(item, f"{name}.{key}", taken) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item, f"{name}.{i}", taken) for i, item in enumerate(value)]
+    return value
 
 
-def _restore(state: TrainState, files: dict[str, dict[str, Tensor]]) -> None:
-    with torch.no_grad():
-        for i, (parameter, average) in enumerate(zip(state.parameters, state.ema, strict=True)):
-            parameter.copy_(files["lora.safetensors"][str(i)])
-            average.copy_(files["ema.safetensors"][str(i)])
-    for key, value in files["optimizer.safetensors"].items():
-        index, name = key.split(".", 1)
-        parameter = state.parameters[int(index)]
-        # AdamW keeps its step count on the CPU unless it is fused on CUDA; the moments lie beside the parameter.
-        state.optimizer.state[parameter][name] = value if name == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+def _with_tensors(value: Any, taken: dict[str, Tensor]) -> Any:
+    """What `_without_tensors` took apart; tuples come back as lists and whole-number keys as text."""
+    if isinstance(value, dict):
+        return taken[value["tensor"]] if value.keys() == {"tensor"} else {key: _with_tensors(item, taken) for key, item in value.items()}
+    return [_with_tensors(item, taken) for item in value] if isinstance(value, list) else value
 
 
 def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -99,7 +114,7 @@ def verified(folder: Path) -> dict[str, Any] | None:
     """The record of a checkpoint whose files are what they were when it was written; None of any other."""
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        whole = all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())
+        whole = "optimizer" in record and all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())
     except (OSError, ValueError, KeyError):
         return None
     return record if whole else None

@@ -1,30 +1,36 @@
 """`lorabooth train`: photos and a trigger word in, a LoRA out. Each stage does only what is missing."""
 
+import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from tqdm import tqdm
 
 from lorabooth import stages
-from lorabooth.config import TrainConfig, load_config
+from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
 from lorabooth.photos import ingest
-from lorabooth.runs import RunDir
+from lorabooth.runs import RunDir, sha256_file
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+PRIOR_RATE = 0.2
 RECIPES = Path(__file__).parent.parent / "configs"
 
 
 def config_options(command: Command) -> Command:
     """One option for every field of TrainConfig, with its sentence, unit and default."""
     for name, field in reversed(TrainConfig.model_fields.items()):
-        flags = [f"--{name.replace('_', '-')}"] + (["--trigger"] if name == "trigger_word" else [])
+        names = [name, *(hosted for hosted, ours in HOSTED_NAMES.items() if ours == name), *(["trigger"] if name == "trigger_word" else [])]
+        flags = [f"--{n.replace('_', '-')}" for n in names]
         default = "" if field.is_required() or field.default is None else f" [default: {_show(field.default)}]"
-        kind: Any = {bool: bool, int: int, float: float}.get(field.annotation, str) if name != "lora_alpha" else int  # type: ignore[arg-type]
+        types = get_args(field.annotation) or (field.annotation,)
+        kind: Any = next((t for t in (bool, int, float) if t in types), str)
         command = click.option(*flags, name, type=kind, multiple=name == "preview_prompts", default=None, help=(field.description or "") + default)(command)
     return command
 
@@ -40,10 +46,19 @@ def _show(value: Any) -> str:
     type=click.Path(path_type=Path),
     help="YAML file of settings; options given here win over it. [default: configs/mini.yaml for --model mini, else none]",
 )
+@click.option(
+    "--class-photos", type=click.Path(path_type=Path), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
 @click.option("--json", "as_json", is_flag=True, help="Print the paths of the result as JSON.")
+@click.option(
+    "--launch", default="", help="What starts the training stage, for several GPUs: 'accelerate launch --num_processes 2'. [default: one process on one GPU]"
+)
+@click.option("--wandb-api-key", help="Log to wandb with this key, which is written nowhere. [default: WANDB_API_KEY, or the login of `wandb login`]")
 @config_options
-def train(photos: Path, recipe: Path | None, out: Path | None, as_json: bool, **values: Any) -> None:
+def train(
+    photos: Path, recipe: Path | None, class_photos: Path | None, out: Path | None, as_json: bool, launch: str, wandb_api_key: str | None, **values: Any
+) -> None:
     """Train a LoRA from PHOTOS: a zip or a folder of 10-50 pictures of a person, with <name>.txt captions if you like.
 
     The same command again goes on where it stopped. Ctrl-C finishes the step at hand and saves it.
@@ -55,8 +70,14 @@ def train(photos: Path, recipe: Path | None, out: Path | None, as_json: bool, **
       lorabooth train photos.zip --trigger TOK --model mini
     """
     values["preview_prompts"] = values["preview_prompts"] or None
+    if wandb_api_key:  # as in the hosted trainer, the key is what switches wandb on
+        os.environ["WANDB_API_KEY"] = wandb_api_key
+        sys.argv = [argument.replace(wandb_api_key, "...") for argument in sys.argv]  # wandb records the command line
+        values["trackers"] = values["trackers"] or "tensorboard,wandb"
     config = recipe_config(recipe, values)
-    run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word))
+    if class_photos and not config.prior_rate:
+        config = config.model_copy(update={"prior_rate": PRIOR_RATE})
+    run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word), launch, class_photos)
     report = run_dir.path / "report.html"
     if as_json:
         click.echo(json.dumps({"run": str(run_dir.path), "lora": str(run_dir.lora), "report": str(report)}))
@@ -73,24 +94,34 @@ def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
     return load_config(recipe, values)
 
 
-def train_run(photos: Path, config: TrainConfig, folder: Path) -> RunDir:
-    """All stages in order; what is there already is not done again. Returns the finished run."""
-    _check_source(photos, folder)
+def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "", class_photos: Path | None = None) -> RunDir:
+    """All stages in order; what is there already is not done again. Returns the finished run. launch: as of `stages.run_stage`."""
+    if config.prior_rate and not class_photos and not (RunDir(folder).others / "manifest.jsonl").exists():
+        raise UserError(f"prior_rate is {config.prior_rate}, and there are no photos of others to train on", hint="give some with --class-photos")
+    sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
+    for taken_into, source in sources.items():
+        _check_source(source, taken_into)
     if not (folder / "manifest.jsonl").exists():
         stages.load("train.export", "check_model")(config)
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
-        source = str(photos.resolve())
-        if not (folder / "manifest.jsonl").exists():
-            run_dir.write_json(
-                "source.json", {"photos": source, "state": _state(photos)}
-            )  # first: a kill between the two must not lose where the photos came from
-            _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
-        elif (run_dir.read_json("source.json") or {}).get("state") != _state(photos):
-            _say((f"{photos} has changed since this run took it in and is not read again; for the new photos start a run with --out FOLDER",))
+        for taken_into, source in reversed(sources.items()):  # the run's own manifest last: it says that all is there
+            _take_in(source, RunDir(taken_into), run_dir.path)
     for stage in stages.STAGES:
-        stages.run_stage(stage, run_dir)
+        stages.run_stage(stage, run_dir, launch)
     return run_dir
+
+
+def _take_in(photos: Path, taken_into: RunDir, run_folder: Path) -> None:
+    """Ingest photos once, and remember where they came from."""
+    folder = taken_into.path
+    if (folder / "manifest.jsonl").exists():
+        _check_unchanged(photos, taken_into, run_folder)
+        return
+    folder.mkdir(exist_ok=True)
+    record = {"photos": str(photos.resolve()), "state": _state(photos, run_folder), "sha256": _digest(photos, run_folder)}
+    taken_into.write_json("source.json", record)  # first: a kill between the two must not lose where the photos came from
+    _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
 
 
 def _check_source(photos: Path, folder: Path) -> None:
@@ -102,10 +133,33 @@ def _check_source(photos: Path, folder: Path) -> None:
         raise UserError(f"the run {folder} was started from {record['photos']}, not from {photos}", hint="choose another folder with --out FOLDER")
 
 
-def _state(photos: Path) -> list[list[Any]]:
+def _check_unchanged(photos: Path, run_dir: RunDir, run_folder: Path) -> None:
+    """Refuse to go on where the photos are not those that the run took in."""
+    record = run_dir.read_json("source.json") or {}
+    if record.get("state") == _state(photos, run_folder):  # by their times, for they may be gigabytes
+        return
+    digest = _digest(photos, run_folder)
+    if record.get("sha256", digest) != digest:
+        raise UserError(f"{photos} has changed since the run {run_dir.path} took it in", hint="put the old photos back, or start a new run with --out FOLDER")
+    run_dir.write_json("source.json", {"photos": str(photos.resolve()), "state": _state(photos, run_folder), "sha256": digest})
+
+
+def _state(photos: Path, folder: Path) -> list[list[Any]]:
     """Name, bytes and time of each file: differs where the photos may have changed."""
-    files = sorted(file for file in photos.rglob("*") if file.is_file()) if photos.is_dir() else [photos]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(photos, folder)]
+
+
+def _digest(photos: Path, folder: Path) -> str:
+    """SHA-256 over the names and bytes of the files."""
+    lines = [f"{sha256_file(file)} {file.name}" for file in _files(photos, folder)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _files(photos: Path, folder: Path) -> list[Path]:
+    """The zip, or the visible files in a folder of photos without those of the run itself, which may lie in it."""
+    if not photos.is_dir():
+        return [photos]
+    return sorted(file for file in photos.resolve().rglob("*") if file.is_file() and file.name[0] != "." and not file.is_relative_to(folder.resolve()))
 
 
 def default_folder(photos: Path, trigger_word: str) -> Path:

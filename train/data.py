@@ -24,20 +24,27 @@ from lorabooth.runs import RunDir, write_durable
 
 TRIGGER_ONLY = "trigger"
 """Stem of the cached conditioning of the bare trigger word: what a dropped caption trains on."""
+CLASS_SUFFIX = "-class"
+"""Ends the stem of a caption in which the class phrase stands for the trigger."""
+CLASS_PREFIX = "class-"
+"""Begins the stems of the photos of others in the cache."""
 EMPTY = "empty"
+"""Stem of the cached conditioning of no prompt: what a dropped caption of others trains on."""
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One photo at one resolution."""
+    """One photo at one resolution, as it is or mirrored."""
 
     photo: str
     bucket: Bucket
+    flipped: bool = False
 
     @property
     def latents_name(self) -> str:
         """File name of the cached latents."""
-        return f"{self.photo}-{self.bucket.width_px}x{self.bucket.height_px}.safetensors"
+        return f"{self.photo}-{self.bucket.width_px}x{self.bucket.height_px}{'-flipped' if self.flipped else ''}.safetensors"
 
 
 def text_name(stem: str) -> str:
@@ -46,9 +53,48 @@ def text_name(stem: str) -> str:
 
 
 def items(manifest: Manifest, config: TrainConfig) -> list[Item]:
-    """Every photo at every resolution, once where two resolutions give the same bucket."""
-    found = [Item(stem(photo), Bucket.nearest(photo.width_px, photo.height_px, px)) for photo in manifest.photos for px in config.resolutions_px]
+    """Every photo to train on at every resolution, once where two resolutions give the same bucket; mirrored ones beside them where asked for."""
+    sides, held_out = (False, True) if config.horizontal_flip else (False,), _held_out(manifest, config)
+    found = [
+        Item(stem(photo), Bucket.nearest(photo.width_px, photo.height_px, px), flipped)
+        for photo in manifest.photos
+        if stem(photo) not in held_out
+        for px in config.resolutions_px
+        for flipped in sides
+    ]
     return list(dict.fromkeys(found))
+
+
+def class_photos(run: RunDir) -> dict[str, Photo]:
+    """The photos of others (DreamBooth's prior preservation, Ruiz et al. 2023, arXiv 2208.12242) by their stems; none in most runs."""
+    if not (run.others / "manifest.jsonl").exists():
+        return {}
+    return {CLASS_PREFIX + stem(photo): photo for photo in Manifest.load(run.others).photos}
+
+
+def class_items(run: RunDir, config: TrainConfig) -> list[Item]:
+    """The photos of others at every resolution; none where the recipe does not use them."""
+    if not config.prior_rate:
+        return []
+    found = class_photos(run)
+    if not found:
+        raise UserError(f"prior_rate is {config.prior_rate} and {run.path} has no photos of others", hint="give some with --class-photos")
+    buckets = [(name, Bucket.nearest(photo.width_px, photo.height_px, px)) for name, photo in found.items() for px in config.resolutions_px]
+    return [Item(name, bucket) for name, bucket in dict.fromkeys(buckets)]
+
+
+def validation_items(manifest: Manifest, config: TrainConfig) -> list[Item]:
+    """The held-out photos at the largest resolution."""
+    px, held_out = max(config.resolutions_px), _held_out(manifest, config)
+    return [Item(stem(photo), Bucket.nearest(photo.width_px, photo.height_px, px)) for photo in manifest.photos if stem(photo) in held_out]
+
+
+def _held_out(manifest: Manifest, config: TrainConfig) -> frozenset[str]:
+    """Stems of the photos that are not trained on, drawn by the seed; a UserError where none would be left."""
+    stems, count = [stem(photo) for photo in manifest.photos], config.validation_photos
+    if count >= len(stems):
+        raise UserError(f"validation_photos is {count} of {len(stems)} photos: none is left to train on", hint="hold out fewer of them")
+    return frozenset(random.Random(f"{config.seed}/validation").sample(stems, count))
 
 
 def stem(photo: Photo) -> str:
@@ -58,11 +104,17 @@ def stem(photo: Photo) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: latents [B, 16, h, w], conditioning, and which photos they are."""
+    """What a process computes in one go: latents [B, 16, h, w] with the weights [B, N, 1] of their image tokens in the loss,
+    their conditioning and photos; the part `mine` of `whole` items."""
 
     latents: Tensor
+    weights: Tensor
     conditioning: Conditioning
     photos: tuple[str, ...]
+    whole: int
+    mine: slice
+    preserve: bool
+    """Whether the base's own prediction is the target."""
 
 
 class Sampler:
@@ -111,11 +163,22 @@ class Cache:
         files = [self._file(text_name(s)) for s in stems]
         return Conditioning(torch.stack([f["embeds"] for f in files]), torch.stack([f["pooled"] for f in files]))
 
-    def batch(self, picked: list[Item], dropout: float, rng: random.Random) -> Batch:
-        """The tensors of some items; a share `dropout` of captions is replaced by the bare trigger."""
-        latents = torch.stack([self._file(item.latents_name)["latents"] for item in picked])
-        stems = [TRIGGER_ONLY if rng.random() < dropout else item.photo for item in picked]
-        return Batch(latents, self.conditioning(stems), tuple(item.photo for item in picked))
+    def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
+        """The tensors of some items. A share of captions is dropped to the bare trigger; a share of batches has the class phrase in its place.
+
+        mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes.
+        """
+        others = picked[0].photo.startswith(CLASS_PREFIX)
+        dropped = EMPTY if others else TRIGGER_ONLY
+        stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
+        preserve = not others and config.preservation_rate > 0 and rng.random() < config.preservation_rate
+        if preserve:
+            stems = [item.photo + CLASS_SUFFIX for item in picked]
+        files = [self._file(item.latents_name) for item in picked[mine]]
+        latents = torch.stack([file["latents"] for file in files])
+        even = torch.ones(latents[0, 0].numel() // 4, 1)  # an image token is 2 x 2 cells
+        weights = torch.stack([file.get("weights", even) for file in files])
+        return Batch(latents, weights, self.conditioning(stems[mine]), tuple(item.photo for item in picked[mine]), len(picked), mine, preserve)
 
 
 def write_cached(path: Path, tensors: dict[str, Tensor], key: str) -> None:

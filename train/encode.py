@@ -2,24 +2,46 @@
 
 import gc
 import hashlib
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import Flux1
-from lorabooth.photos import Manifest, fit
+from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, Flux1
+from lorabooth.photos import Bucket, Manifest, fit
 from lorabooth.runs import RunDir, sha256_file
-from train.data import EMPTY, TRIGGER_ONLY, Item, cached_key, items, stem, text_name, write_cached
+from train.base import pinned
+from train.data import (
+    CLASS_PREFIX,
+    CLASS_SUFFIX,
+    EMPTY,
+    TRIGGER_ONLY,
+    Item,
+    cached_key,
+    class_items,
+    class_photos,
+    items,
+    stem,
+    text_name,
+    validation_items,
+    write_cached,
+)
 
 TEXT_BATCH = 8
+NAMED = 3
+"""Photos that a note names; the others are counted."""
 
 
 def run(run_dir: RunDir) -> None:
@@ -32,11 +54,21 @@ def run(run_dir: RunDir) -> None:
 
 
 def texts(run_dir: RunDir, manifest: Manifest) -> dict[str, str]:
-    """Every text a run needs encoded, by its stem in the cache: captions, bare trigger, empty prompt, previews."""
+    """Every text a run needs encoded, by its stem in the cache: captions (with the class phrase, too), bare trigger, empty prompt, previews."""
     config = run_dir.config
     named = {stem(photo): _caption(run_dir, stem(photo)) for photo in manifest.photos}
+    if config.preservation_rate:
+        named |= {name + CLASS_SUFFIX: of_class(text, config.trigger_word, config.class_phrase) for name, text in named.items()}
+    if config.prior_rate:
+        named |= {name: photo.caption or f"a photo of {config.class_phrase}" for name, photo in class_photos(run_dir).items()}
     named |= {TRIGGER_ONLY: config.trigger_word, EMPTY: ""}
     return named | {preview_stem(i): p.replace("[trigger]", config.trigger_word) for i, p in enumerate(config.preview_prompts)}
+
+
+def of_class(caption: str, trigger: str, phrase: str) -> str:
+    """A caption of anyone: `a TOK in a hat` becomes `a person in a hat`."""
+    before, after = (r"(?<!\w)" if trigger[0].isalnum() else ""), (r"(?!\w)" if trigger[-1].isalnum() else "")
+    return re.sub(rf"(?:\b(?:an?|the)\s+)?{before}{re.escape(trigger)}{after}", lambda _: phrase, caption)
 
 
 def preview_stem(index: int) -> str:
@@ -52,28 +84,67 @@ def _caption(run_dir: RunDir, name: str) -> str:
 
 
 def _encode_pictures(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
-    sha256 = {stem(photo): photo.sha256 for photo in manifest.photos}
-    keys = {item: f"{family.model} {sha256[item.photo]} {item.latents_name}" for item in items(manifest, run_dir.config)}
+    wanted = [*items(manifest, run_dir.config), *validation_items(manifest, run_dir.config), *class_items(run_dir, run_dir.config)]
+    photos = {stem(photo): photo for photo in manifest.photos} | class_photos(run_dir)
+    keys = {item: f"{family.model} {photos[item.photo].sha256} {photos[item.photo].mask_sha256} {item.latents_name}" for item in wanted}
     missing = [item for item, key in keys.items() if cached_key(run_dir.cache / item.latents_name) != key]
     if not missing:
         return
+    for note in enlarged(manifest, run_dir.config):
+        print(f"note: {note}", file=sys.stderr)
+    pinned(run_dir, "vae")
     device = compute_device()
     vae = family.vae(device, base_dtype(device))
     for item in tqdm(missing, desc="encode photos", unit="photo"):
-        file = run_dir.photos / f"{item.photo}.png"
-        if sha256_file(file) != sha256[item.photo]:
-            raise UserError(f"{file} has changed since it was taken in", hint="start a new run with --out FOLDER")
-        latents = family.encode_pictures(vae, pixels(file, item))[0].float().cpu()
-        write_cached(run_dir.cache / item.latents_name, {"latents": latents}, keys[item])
+        photo = photos[item.photo]
+        folder = run_dir.others / "photos" if item.photo.startswith(CLASS_PREFIX) else run_dir.photos
+        file = _whole(folder / photo.file, photo.sha256)
+        encoded = {"latents": family.encode_pictures(vae, pixels(file, item))[0].float().cpu()}
+        if photo.mask_sha256:
+            encoded["weights"] = token_weights(_whole(folder / photo.mask_file, photo.mask_sha256), item)
+        write_cached(run_dir.cache / item.latents_name, encoded, keys[item])
     del vae
     _free()
 
 
+def enlarged(manifest: Manifest, config: TrainConfig) -> list[str]:
+    """A line for each resolution that photos do not reach: enlarging invents no detail, and a LoRA learns the blur."""
+    lines = []
+    for px in config.resolutions_px:
+        small = []
+        for photo in manifest.photos:
+            bucket = Bucket.nearest(photo.width_px, photo.height_px, px)
+            if max(bucket.width_px / photo.width_px, bucket.height_px / photo.height_px) > 1.05:  # less is not seen
+                small.append(f"{photo.original} ({photo.width_px} x {photo.height_px})")
+        if small:
+            named = ", ".join(small[:NAMED]) + (f" and {len(small) - NAMED} more" if len(small) > NAMED else "")
+            lines.append(f"{len(small)} of {len(manifest.photos)} photos are enlarged to train at {px} px: {named}; a lower --resolution would not")
+    return lines
+
+
+def _whole(file: Path, sha256: str) -> Path:
+    if sha256_file(file) != sha256:
+        raise UserError(f"{file} has changed since it was taken in", hint="start a new run with --out FOLDER")
+    return file
+
+
 def pixels(file: Path, item: Item) -> Tensor:
-    """A stored photo cropped to its bucket: [1, 3, H, W] in -1..1."""
-    with Image.open(file) as image:
-        array = np.asarray(fit(image.convert("RGB"), item.bucket), dtype=np.float32)
+    """A stored photo cropped to its bucket, mirrored where the item is: [1, 3, H, W] in -1..1."""
+    array = _fitted(file, "RGB", item)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def token_weights(mask: Path, item: Item) -> Tensor:
+    """A stored mask as weights [N, 1] of a picture's image tokens in the loss, mean 1; even where the crop leaves nothing of it."""
+    pixels = torch.from_numpy(_fitted(mask, "L", item) / 255)
+    weights = F.avg_pool2d(pixels[None], BUCKET_MULTIPLE_PX).reshape(-1, 1)  # an image token holds 16 x 16 px
+    return weights / weights.mean() if weights.mean() > 1e-3 else torch.ones_like(weights)
+
+
+def _fitted(file: Path, mode: str, item: Item) -> NDArray[np.float32]:
+    with Image.open(file) as image:
+        fitted = fit(image.convert(mode), item.bucket)
+    return np.asarray(ImageOps.mirror(fitted) if item.flipped else fitted, dtype=np.float32)
 
 
 def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
@@ -82,6 +153,8 @@ def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
     missing = [name for name, key in keys.items() if cached_key(run_dir.cache / text_name(name)) != key]
     if not missing:
         return
+    pinned(run_dir, "text_encoder")
+    pinned(run_dir, "text_encoder_2")
     device = compute_device()
     encoders = family.text_encoders(device, base_dtype(device))
     for chunk in tqdm(list(_chunks(missing, TEXT_BATCH)), desc="encode captions", unit="batch"):

@@ -2,61 +2,77 @@
 
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
 
 from lorabooth import __version__, hub
 from lorabooth.config import TrainConfig
-from lorabooth.device import check_gpu
+from lorabooth.device import check_gpu, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
-from lorabooth.runs import RunDir, sha256_file
+from lorabooth.lora import LoraFile, LoraSpec, save_lora, since, tensors
+from lorabooth.runs import RunDir
 from train import report
+from train.base import pinned
 from train.fit import checkpoint_of, final_weights, finished
+from train.planning import plans_for
+from train.trackers import check_trackers
 
 
-def run(run_dir: RunDir) -> Path:
-    """Write RUN/lora.safetensors and RUN/report.html; the path of the LoRA."""
+def run(run_dir: RunDir, raw: bool = False) -> Path:
+    """Write RUN/lora.safetensors (raw: RUN/lora-raw.safetensors, of the weights without averaging) and RUN/report.html; the path of the LoRA."""
     if not finished(run_dir):
         raise UserError(f"{run_dir.path} has not been trained to its last step", hint=f"go on with: python -m train fit {run_dir.path}")
     config = run_dir.config
-    spec = LoraSpec(config.lora_rank, config.alpha, config.targets)
-    skeleton = empty_transformer(config.model)
-    parameters = spec.attach(skeleton, config.seed)
-    weights = final_weights(run_dir)
+    spec = LoraSpec.of(config)
+    skeleton = load_family(config.model).empty_transformer()
+    # Without weights there is nothing that a start could be taken from, and names are all that is wanted.
+    parameters = replace(spec, init="default").attach(skeleton, config.seed)
+    weights = final_weights(run_dir, raw)
     # The checkpoint numbers the weights in the order of `parameters`; the skeleton turns numbers into names.
     order = {id(p): w for p, w in zip(parameters, weights, strict=True)}
     names = {name: p for name, p in skeleton.named_parameters() if id(p) in order}
     keys = list(tensors(skeleton))
     state = {key: order[id(names[_parameter_name(key)])] for key in keys}
+    if config.lora_init == "pissa":
+        state = since(load_file(run_dir.lora_start), state)
     dtype = torch.float32 if config.model == "mini" else torch.bfloat16
-    save_lora(run_dir.lora, state, spec, metadata(run_dir), dtype)
-    check_loads(run_dir.lora, len(keys))
+    path = run_dir.path / "lora-raw.safetensors" if raw else run_dir.lora
+    save_lora(path, state, spec, metadata(run_dir), dtype)
+    check_loads(path, len(keys))
     report.write(run_dir)
-    return run_dir.lora
+    return path
 
 
 def check_model(config: TrainConfig) -> None:
     """Refuse a model or layers that training would refuse in its last stage, before a run is bound to them; needs no weights."""
-    check_gpu(load_family(config.model).native_px, config.model)
-    LoraSpec(config.lora_rank, config.alpha, config.targets).module_names(empty_transformer(config.model))
+    family = load_family(config.model)
+    check_gpu(family.native_px, config.model)
+    LoraSpec.of(config).module_names(family.empty_transformer())
+    check_trackers(config)
+    if torch.cuda.is_available():
+        # In a process of its own: one that asks the GPU keeps half a gigabyte of it to its end, and this one lives as long as the run.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            apart.submit(check_plan, config).result()
 
 
-def empty_transformer(model: str) -> FluxTransformer2DModel:
-    """The model's transformer on the meta device: names and shapes without memory."""
-    with init_empty_weights():
-        return FluxTransformer2DModel.from_config(hub.component_config(model, "transformer"))
+def check_plan(config: TrainConfig) -> None:
+    """Refuse a training that does not fit this GPU, with the settings that would."""
+    plans_for(config, load_family(config.model), compute_device())
 
 
 def metadata(run_dir: RunDir) -> dict[str, str]:
     """What the file says of itself, by the names other tools read (modelspec.*, ss_*) and our own recipe; no path, no photo."""
     config, family = run_dir.config, load_family(run_dir.config.model)
     base = hub.display_name(config.model)
+    rank = config.lora_rank * (2 if config.lora_init == "pissa" else 1)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "flux-1-dev/lora",
@@ -68,14 +84,14 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
         "modelspec.date": trained_at(run_dir).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
-        "ss_network_dim": str(config.lora_rank),
-        "ss_network_alpha": str(config.lora_rank),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
         "ss_steps": str(config.steps),
         "ss_learning_rate": str(config.learning_rate),
         "ss_seed": str(config.seed),
         "lorabooth.version": __version__,
         "lorabooth.base": base,
-        "lorabooth.base_sha256": base_sha256(config.model),
+        "lorabooth.base_sha256": pinned(run_dir, "transformer"),
         "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
     }
 
@@ -83,18 +99,6 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
 def trained_at(run_dir: RunDir) -> datetime:
     """When the last step was saved: a second export of a run is the same file, and pictures that name its hash still do."""
     return datetime.fromtimestamp((checkpoint_of(run_dir) / "state.json").stat().st_mtime, UTC)
-
-
-def base_sha256(model: str) -> str:
-    """SHA-256 of the transformer's weights, for one file its own, for several over their names and hashes."""
-    import hashlib
-
-    files = sorted(hub.component_folder(model, "transformer").glob("*.safetensors"))
-    # The hub cache names a blob by its SHA-256, which saves reading 24 GB.
-    digests = [f.resolve().name if re.fullmatch(r"[0-9a-f]{64}", f.resolve().name) else sha256_file(f) for f in files]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(f"{f.name} {d}" for f, d in zip(files, digests, strict=True)).encode()).hexdigest()
 
 
 def check_loads(path: Path, expected: int) -> None:
@@ -105,5 +109,5 @@ def check_loads(path: Path, expected: int) -> None:
 
 
 def _parameter_name(key: str) -> str:
-    """`transformer.a.b.lora_A.weight` -> PEFT's parameter name `a.b.lora_A.default.weight`."""
-    return re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key.removeprefix("transformer."))
+    """`transformer.a.b.lora_A.weight` -> PEFT's parameter name `a.b.lora_A.default.weight`; so for DoRA's `.lora_magnitude_vector`."""
+    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)(\.weight)?$", r".\1.default.weight", key.removeprefix("transformer."))

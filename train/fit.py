@@ -1,62 +1,47 @@
-"""Stage: caches -> LoRA weights. Loads the transformer only (and, for a moment at each preview, the VAE).
-
-Loss: rectified flow (lorabooth/flow.py), as in diffusers' train_dreambooth_lora_flux.py with weighting "logit_normal":
-sigma ~ logit-normal, x = (1 - sigma) x_0 + sigma noise, target = noise - x_0, guidance embedding 1.0, each sigma weighing the same.
-"""
+"""Stage: caches -> LoRA weights. Loads the transformer only (and, for a moment at each preview, the VAE)."""
 
 import gc
 import hashlib
 import math
 import random
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from lorabooth import flow, sampling
 from lorabooth.config import TrainConfig
-from lorabooth.device import base_dtype, check_memory, compute_device
+from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, GUIDANCE_IN_TRAINING, Flux1
-from lorabooth.lora import LoraSpec
+from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
+from lorabooth.lora import LoraSpec, shorten, tensors
 from lorabooth.photos import Manifest
-from lorabooth.runs import RunDir, publish
+from lorabooth.runs import RunDir, write_durable
+from train import optimizers
+from train.attention import choose_kernel
+from train.base import pinned
 from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
-from train.data import Batch, Cache, Sampler, items, stem
-from train.encode import preview_stem
+from train.compiled import compile_blocks, wanted
+from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
+from train.objective import drawn, loss_of
+from train.placement import place, start_plan
+from train.plan import GB, WINDOW, MemoryPlan, next_lighter
+from train.planning import plans_for
+from train.preview import preview
+from train.trackers import end_trackers, start_trackers
+from train.trainer import Trainer
+from train.validation import measure
 
 LOG_EVERY = 10
-PREVIEW_STEPS = 20
-PREVIEW_GUIDANCE = 3.5
-
-
-@dataclass
-class Trainer:
-    """A run's live objects: what the step needs, in one place."""
-
-    run: RunDir
-    config: TrainConfig
-    family: Flux1
-    accelerator: Accelerator
-    transformer: torch.nn.Module
-    state: TrainState
-    sampler: Sampler
-    cache: Cache
-
-    @property
-    def raw(self) -> torch.nn.Module:
-        """The transformer without accelerate's wrapper."""
-        return self.accelerator.unwrap_model(self.transformer)
 
 
 def run(run_dir: RunDir) -> None:
@@ -66,14 +51,55 @@ def run(run_dir: RunDir) -> None:
         return
     device = compute_device()
     family = load_family(config.model)
-    accelerator = Accelerator(mixed_precision="bf16" if device.type == "cuda" else "no", cpu=device.type == "cpu")
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(config.tracker_names) or None, project_dir=run_dir.path / "tensorboard")
     # Only one process writes; the others compute. The lock is taken by the writer.
-    with run_dir.locked() if accelerator.is_main_process else _nothing():
-        trainer = start(run_dir, config, family, accelerator)
+    with run_dir.locked() if accelerator.is_main_process else nullcontext():
+        estimates = plans_for(config, family, device)
+        if accelerator.num_processes > 1:  # GPUs may differ: all take the plan of the smallest
+            estimates = min(gather_object([estimates]), key=lambda found: found[0].bytes)
+        plan = estimates[0].plan
+        if device.type == "cuda":
+            kernel, best = choose_kernel(config, family, device), estimates[0]
+            if accelerator.is_main_process:
+                print(f"plan: {plan}; about {best.bytes / GB:.1f} GB of GPU memory, {best.seconds:.2f} s a step; attention by {kernel}", file=sys.stderr)
+        try:
+            while not _trained(run_dir, family, accelerator, plan):
+                lighter = next_lighter(plan, estimates)
+                if lighter is None or not config.auto_retry or accelerator.num_processes > 1:
+                    raise UserError(
+                        f"the GPU's memory ran out with this plan: {plan}; the run is saved",
+                        hint=f"go on with these settings: {lighter}" if lighter else "start a new run with a lower --resolution or --batch-size",
+                    )
+                print(f"note: the GPU's memory ran out; going on from the last step with: {lighter}", file=sys.stderr)
+                plan = lighter
+        finally:
+            end_trackers(accelerator)
+
+
+def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: MemoryPlan) -> bool:
+    """Train with a plan to the last step, from the newest checkpoint; False where the GPU's memory ran out, and then the state is saved."""
+    trainer = None
+    try:
+        trainer = start(run_dir, run_dir.config, family, accelerator, plan)
         load_checkpoint(run_dir, trainer.state)
+        trainer.show_weights()
+        if accelerator.is_main_process:
+            run_dir.log(event="plan", step=trainer.state.step, plan=str(plan))
+            start_trackers(accelerator, run_dir, trainer.state.step)
+        if wanted(run_dir.config.compile_blocks, plan, accelerator.device, run_dir.config.steps - trainer.state.step):
+            compile_blocks(trainer)
         _loop(trainer)
+        return True
+    except torch.OutOfMemoryError:
+        if trainer and trainer.state.step and accelerator.is_main_process:
+            save_checkpoint(run_dir, trainer.state)
+        return False
+    finally:
         del trainer
-    gc.collect()
+        accelerator.free_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def finished(run_dir: RunDir) -> bool:
@@ -86,54 +112,94 @@ def checkpoint_of(run_dir: RunDir) -> Path:
     return run_dir.checkpoints / f"step-{run_dir.config.steps:06d}"
 
 
-def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Accelerator) -> Trainer:
-    """Load the transformer, put the LoRA and the optimiser on it."""
+def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Accelerator, plan: MemoryPlan | None = None) -> Trainer:
+    """Load the transformer as the plan says (the fastest that fits, unless given), put the LoRA and the optimiser on it."""
     device, dtype = accelerator.device, base_dtype(accelerator.device)
-    if device.type == "cuda" and family.native_px >= 512:
-        check_memory(24_000_000_000, f"the transformer of {config.model} in bf16", "use a GPU with at least 32 GB, or --model mini")
-    transformer = family.transformer(device, dtype)
-    parameters = LoraSpec(config.lora_rank, config.alpha, config.targets).attach(transformer, config.seed)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    plan = plan or plans_for(config, family, device)[0].plan
+    transformer = family.transformer(torch.device("cpu") if plan.in_parts else device, dtype)
+    if accelerator.is_main_process:
+        pinned(run_dir, "transformer")
+    modulation = place(transformer, plan, device)
+    live = attach(run_dir, config, transformer)
+    parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]
+    for p in live:
+        p.data = p.data.to(dtype)
+    if not (config.lora_dropout or config.use_dora):
+        shorten(transformer)
+    start_plan(transformer, plan, device, random=config.lora_dropout > 0)
     transformer.train()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda")
-    state = TrainState(0, parameters, [p.detach().clone() for p in parameters], optimizer)
-    sampler = Sampler(items(Manifest.load(run_dir.path), config), config.batch_size, config.seed)
-    return Trainer(run_dir, config, family, accelerator, accelerator.prepare(transformer), state, sampler, Cache(run_dir))
+    name = optimizers.chosen(config, device)
+    ema, untrained = ([p.detach().clone() for p in parameters] for _ in range(2))
+    state = TrainState(0, parameters, ema, optimizers.build(name, parameters, config), name)
+    # A step takes one batch from the sampler, and each process its part of it.
+    size = config.batch_size * accelerator.num_processes
+    sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
+    others = Sampler(prior, size, config.seed) if prior else None
+    return Trainer(run_dir, config, family, accelerator, accelerator.prepare(transformer), live, state, untrained, sampler, others, Cache(run_dir), modulation)
 
 
-def loss_of(trainer: Trainer, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The rectified-flow loss of a batch: a scalar, fp32. `generator` (CPU) draws sigma and noise."""
-    device = trainer.accelerator.device
-    x_0 = flow.pack(batch.latents).to(device)
-    noise = flow.pack(torch.randn(batch.latents.shape, generator=generator)).to(device)
-    sigma = flow.logit_normal(len(x_0), generator=generator).to(device)
-    dtype = base_dtype(device)
-    height, width = batch.latents.shape[2:]
-    ids = flow.image_ids(height, width, device=device, dtype=dtype)
-    x = flow.add_noise(x_0, noise, sigma).to(dtype)
-    with trainer.accelerator.autocast():
-        predicted = trainer.family.velocity(trainer.transformer, x, sigma, GUIDANCE_IN_TRAINING, batch.conditioning.to(device, dtype), ids)
-    return F.mse_loss(predicted.float(), flow.velocity(x_0, noise))
+def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -> list[Tensor]:
+    """Put the recipe's LoRA on the transformer; where its start is taken out of the base, that start is kept for a resume and the export."""
+    spec = LoraSpec.of(config)
+    if config.lora_init != "pissa":
+        return spec.attach(transformer, config.seed)
+    if run_dir.lora_start.exists():
+        return spec.attach(transformer, config.seed, load_file(run_dir.lora_start))
+    parameters = spec.attach(transformer, config.seed)
+    write_durable(run_dir.lora_start, save({name: t.float().contiguous().cpu() for name, t in tensors(transformer).items()}))
+    return parameters
 
 
 def train_step(trainer: Trainer) -> tuple[Tensor, tuple[str, ...]]:
     """One optimiser step; the loss (on the device, not read back) and the photos it saw."""
-    config, state = trainer.config, trainer.state
-    index = state.step * trainer.accelerator.num_processes + trainer.accelerator.process_index
-    rng, generator = _randomness(config.seed, index)
-    batch = trainer.cache.batch(trainer.sampler.batch(index), config.caption_dropout_rate, rng)
-    loss = loss_of(trainer, batch, generator)
-    trainer.accelerator.backward(loss)
+    config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
+    parts = config.gradient_accumulation
+    losses: list[Tensor] = []
+    photos: list[str] = []
+    for part in range(parts):
+        index = state.step * parts + part
+        _look_ahead(trainer, index)
+        batch, generator = _batch(trainer, index)
+        torch.manual_seed(generator.initial_seed() + accelerator.process_index)  # dropout draws from torch's own
+        # Several processes exchange their gradients once a step, not once a part.
+        with nullcontext() if part == parts - 1 else accelerator.no_sync(trainer.transformer):
+            loss = loss_of(trainer, batch, generator) / parts
+            accelerator.backward(loss)
+        if accelerator.num_processes == 1 or part == parts - 1:
+            trainer.collect_gradients()
+        losses.append(loss.detach())
+        photos += batch.photos
     torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
+        group["lr"] = optimizers.rate(config) * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    trainer.show_weights()
     state.step += 1
     decay = min(config.ema_decay, state.step / (10 + state.step)) if config.ema_decay else 0.0
     torch._foreach_lerp_(state.ema, [p.detach() for p in state.parameters], 1 - decay)
-    return loss.detach(), batch.photos
+    return torch.stack(losses).sum(), tuple(photos)
+
+
+def _batch(trainer: Trainer, index: int) -> tuple[Batch, torch.Generator]:
+    """This process's part of the batch with an index, and what draws its noise."""
+    size, number = trainer.config.batch_size, trainer.accelerator.process_index
+    rng, generator = _randomness(trainer.config.seed, index)
+    sampler = trainer.others if trainer.others and rng.random() < trainer.config.prior_rate else trainer.sampler
+    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, slice(number * size, (number + 1) * size)), generator
+
+
+def _look_ahead(trainer: Trainer, index: int) -> None:
+    """Have the modulation of the next batches computed, where the plan does so. Windows begin at fixed places: a resumed run computes
+    the same sums in the same company, so to the bit."""
+    if not trainer.modulation or trainer.modulation.window == index // WINDOW:
+        return
+    first = index // WINDOW * WINDOW
+    last = min(first + WINDOW, trainer.config.steps * trainer.config.gradient_accumulation)
+    batches = [(batch, drawn(trainer, batch, generator)[1]) for batch, generator in (_batch(trainer, i) for i in range(first, last))]
+    pooled = torch.cat([batch.conditioning.pooled for batch, _ in batches])
+    trainer.modulation.expect(torch.cat([sigma for _, sigma in batches]), GUIDANCE_IN_TRAINING, pooled)
+    trainer.modulation.window = index // WINDOW
 
 
 def _randomness(seed: int, index: int) -> tuple[random.Random, torch.Generator]:
@@ -146,37 +212,53 @@ def _randomness(seed: int, index: int) -> tuple[random.Random, torch.Generator]:
 def _loop(trainer: Trainer) -> None:
     config, state, main = trainer.config, trainer.state, trainer.accelerator.is_main_process
     pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
-    average = math.nan
+    average, alone = math.nan, trainer.accelerator.num_processes == 1
     if main and state.step == 0:
         preview(trainer)
+        validate(trainer)
     bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", disable=not main, smoothing=0.05)
     with bar, _stop_requests() as stopped:
         while state.step < config.steps:
             loss, photos = train_step(trainer)
             pending.append((state.step, loss, photos))
             bar.update()
-            last = state.step == config.steps
-            if stopped or last or state.step % LOG_EVERY == 0:
+            last, saving = state.step == config.steps, state.step % config.checkpoint_every == 0
+            if last or saving or state.step % LOG_EVERY == 0 or (alone and stopped):
                 average = _flush(trainer, pending, average)
-                bar.set_postfix(loss=f"{average:.3f}")
-            if main and (stopped or last or state.step % config.checkpoint_every == 0):
-                average = _flush(trainer, pending, average)
-                save_checkpoint(trainer.run, state)
-            if main and not stopped and config.preview_every and (last or state.step % config.preview_every == 0):
-                preview(trainer)
-            if stopped:
-                # Asked again: the signal may have come during the preview, after the question above.
-                if main:
+                bar.set_postfix({"loss": f"{average:.3f}"} | _memory())
+                stopping = _any_process(trainer.accelerator, bool(stopped))
+                if main and (stopping or last or saving):
                     save_checkpoint(trainer.run, state)
-                raise KeyboardInterrupt
+                if stopping:
+                    raise KeyboardInterrupt
+            if main and (last or state.step % config.validation_every == 0):
+                validate(trainer)
+            if main and config.preview_every and (last or state.step % config.preview_every == 0):
+                preview(trainer)
+                if alone and stopped:  # the signal came during the preview
+                    save_checkpoint(trainer.run, state)
+                    raise KeyboardInterrupt
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in any process: all must stop at the same step, or the others would wait for ever."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+def _memory() -> dict[str, str]:
+    """The GPU memory at its peak, for the progress bar."""
+    return {"GB": f"{torch.cuda.max_memory_reserved() / 1e9:.1f}"} if torch.cuda.is_available() else {}
 
 
 def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]], average: float) -> float:
     """Read the losses back (the only host sync of the loop) and log them; stops the run at a loss that is not finite."""
-    for step, loss, photos in pending:
-        value = loss.item()
+    losses = trainer.accelerator.reduce(torch.stack([loss for _, loss, _ in pending]), "mean").tolist() if pending else []
+    for (step, _, photos), value in zip(pending, losses, strict=True):
         if not math.isfinite(value):
             names = {stem(photo): photo.original for photo in Manifest.load(trainer.run.path).photos}
+            names |= {name: photo.original for name, photo in class_photos(trainer.run).items()}
             raise UserError(
                 f"the loss became {value} at step {step} (photos {', '.join(names[p] for p in photos)}); training stopped, the last checkpoint is kept",
                 hint="lower --learning-rate and start a new run, or look at those photos",
@@ -184,43 +266,17 @@ def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]],
         average = value if math.isnan(average) else 0.95 * average + 0.05 * value
         if trainer.accelerator.is_main_process:
             trainer.run.log(step=step, loss=round(value, 6))
+            trainer.accelerator.log({"loss": value}, step)
     pending.clear()
     return average
 
 
-@torch.no_grad()
-def preview(trainer: Trainer) -> None:
-    """Pictures of the preview prompts with the averaged weights, by the generator's own sampling code."""
-    config, family, run_dir = trainer.config, trainer.family, trainer.run
-    if not config.preview_every:
-        return
-    px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
-    raw = trainer.raw
-    raw.eval()
-    latents = []
-    with _averaged(trainer.state), trainer.accelerator.autocast():
-        for i in range(len(config.preview_prompts)):
-            conditioning = trainer.cache.conditioning([preview_stem(i)])
-            latents.append(sampling.denoise(family, raw, conditioning, sampling.noise(config.preview_seed, px, px), PREVIEW_STEPS, PREVIEW_GUIDANCE))
-    raw.train()
-    device = trainer.accelerator.device
-    vae = family.vae(device, base_dtype(device))
-    run_dir.samples.mkdir(exist_ok=True)
-    for i, row in enumerate(latents):
-        part = run_dir.samples / f".{i}.part.png"
-        sampling.decode(family, vae, row)[0].save(part)
-        publish(part, run_dir.samples / f"step-{trainer.state.step:06d}-{i}.png")
-
-
-@contextmanager
-def _averaged(state: TrainState) -> Iterator[None]:
-    """The LoRA's averaged weights in place of the raw ones."""
-    raw = [p.detach().clone() for p in state.parameters]
-    torch._foreach_copy_(state.parameters, state.ema)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(state.parameters, raw)
+def validate(trainer: Trainer) -> None:
+    """Log the loss of the held-out photos, where there are any."""
+    if trainer.config.validation_photos:
+        loss = measure(trainer)
+        trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
+        trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
 
 
 @contextmanager
@@ -239,12 +295,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def final_weights(run_dir: RunDir) -> list[Tensor]:
-    """The averaged LoRA weights of the last checkpoint, in the parameters' order."""
-    state = load_file(checkpoint_of(run_dir) / "ema.safetensors")
+def final_weights(run_dir: RunDir, raw: bool = False) -> list[Tensor]:
+    """The averaged (or the raw) LoRA weights of the last checkpoint, in the parameters' order."""
+    state = load_file(checkpoint_of(run_dir) / ("lora.safetensors" if raw else "ema.safetensors"))
     return [state[str(i)] for i in range(len(state))]

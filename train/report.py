@@ -18,11 +18,12 @@ def write(run: RunDir) -> Path:
     """Write the report from metrics.jsonl, samples/ and config.json; its path."""
     config = run.config
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.recipe().items())
+    validation = f"<h2>Loss of the photos held out</h2>{loss_curve(run, 'validation')}" if config.validation_photos else ""
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.trigger_word)} - lorabooth run</title><style>{STYLE}</style>'
         f"<h1>{html.escape(config.trigger_word)}</h1><p>A LoRA of {html.escape(config.model)}, {config.steps} steps. Use it: "
         f"<code>{html.escape(generate_command(run))}</code></p>"
-        f"<h2>Previews</h2>{_previews(run)}<h2>Loss</h2>{loss_curve(run)}<h2>Recipe</h2><table>{rows}</table></html>"
+        f"<h2>Previews</h2>{_previews(run)}<h2>Loss</h2>{loss_curve(run)}{validation}<h2>Recipe</h2><table>{rows}</table></html>"
     )
     file = run.path / "report.html"
     write_durable(file, page.encode())
@@ -51,9 +52,9 @@ def _previews(run: RunDir) -> str:
     return "".join(out)
 
 
-def loss_curve(run: RunDir, width: int = 800, height: int = 240) -> str:
-    """The loss over the steps as an SVG: each step faint, a running mean strong."""
-    points = [(row["step"], row["loss"]) for row in run.history() if "loss" in row]
+def loss_curve(run: RunDir, event: str = "step", width: int = 800, height: int = 240) -> str:
+    """The loss over the steps as an SVG: each value faint, a running mean strong. event: "step" or "validation"."""
+    points = [(row["step"], row["loss"]) for row in run.history() if "loss" in row and row.get("event", "step") == event]
     if not points:
         return "<p>no steps yet</p>"
     smooth, mean = [], points[0][1]

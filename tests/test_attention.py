@@ -1,0 +1,53 @@
+"""The choice of an attention kernel: by what it computes first, by its speed second."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+from lorabooth.config import TrainConfig
+from lorabooth.families import load_family
+from train import attention
+from train.attention import Trial, fastest, trials
+
+CPU = torch.device("cpu")
+HERE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+"""Of these a CPU has the last two."""
+
+
+def test_kernels_that_are_not_here_are_left_out_and_the_others_are_right():
+    found = trials(CPU, torch.bfloat16, heads=2, width=32, tokens=96, candidates=HERE)
+    assert [trial.backend for trial in found] == [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    assert all(0 < trial.error < attention.TOLERANCE and trial.seconds > 0 for trial in found)
+
+
+def test_a_kernel_with_wrong_gradients_is_not_taken_however_fast(monkeypatch: pytest.MonkeyPatch):
+    right = F.scaled_dot_product_attention
+
+    def wrong_gradients(*inputs: torch.Tensor) -> torch.Tensor:
+        out = right(*inputs)
+        return out if inputs[0].dtype == torch.float32 else out.detach() + 0.5 * (out - out.detach())
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", wrong_gradients)
+    found = trials(CPU, torch.bfloat16, heads=2, width=32, tokens=96, candidates=HERE)
+    assert all(trial.error == pytest.approx(0.5, abs=0.01) for trial in found) and fastest(found) is None
+    good = Trial(SDPBackend.EFFICIENT_ATTENTION, 0.004, 1.0)
+    assert fastest([*found, good, Trial(SDPBackend.MATH, 0.003, 2.0)]) == good.backend
+
+
+def test_the_recipe_and_the_base_say_what_is_tried(monkeypatch: pytest.MonkeyPatch):
+    used: list[SDPBackend] = []
+    monkeypatch.setattr(attention, "use", used.append)
+    monkeypatch.setattr(attention, "trials", lambda *sizes: trials(*sizes, candidates=HERE))
+    name = attention.choose_kernel(TrainConfig(trigger_word="TOK", model="mini", resolution="128"), load_family("mini"), CPU)
+    assert [backend.name.lower() for backend in used] == [name] and name in ("flash_attention", "math")
+    monkeypatch.setattr(attention, "trials", lambda *_: [])
+    assert attention.choose_kernel(TrainConfig(trigger_word="TOK", model="mini"), load_family("mini"), CPU) == "torch's own choice" and len(used) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_one_is_found_and_used():
+    backend = fastest(trials(torch.device("cuda"), torch.bfloat16, heads=24, width=128, tokens=1536))
+    assert backend is not None
+    attention.use(backend)
+    assert torch.backends.cuda.flash_sdp_enabled() == (backend == SDPBackend.FLASH_ATTENTION)

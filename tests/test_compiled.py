@@ -1,0 +1,59 @@
+"""Compiled blocks: the same training, and no training lost where there is no compiler."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from safetensors.torch import load_file
+
+from lorabooth.runs import RunDir
+from tests.test_processes import untrained
+from train import encode, fit
+from train.compiled import wanted
+from train.plan import MemoryPlan
+
+PLAN = MemoryPlan("bf16", 0, 0, False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def losses(run: RunDir) -> list[float]:
+    return [row["loss"] for row in run.history() if "loss" in row]
+
+
+@pytest.mark.slow  # four compilations
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "int8"}, {"gradient_checkpointing": "all", "precompute_modulation": True, "resolution": "64,128"}], ids=str
+)
+def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]):
+    runs = [untrained(tiny_run, tmp_path / str(compiled), compile_blocks=compiled, preview_every=4, **settings) for compiled in (True, False)]
+    for run in runs:
+        encode.run(run)
+        fit.run(run)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-3)
+    said = capsys.readouterr().err
+    assert "compile (once" in said and "cannot be compiled" not in said
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    run, plain = (untrained(tiny_run, tmp_path / str(compiled), compile_blocks=compiled) for compiled in (True, False))
+    fit.run(run)
+    assert capsys.readouterr().err.count("note: the blocks cannot be compiled here, training goes on without (") == 1
+    fit.run(plain)
+    mine, theirs = (load_file(fit.checkpoint_of(r) / "lora.safetensors") for r in (run, plain))
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_it_is_done_where_it_pays():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert wanted(None, PLAN, cuda, 1000) and not wanted(None, PLAN, cuda, 100) and not wanted(None, PLAN, cpu, 1000)
+    assert wanted(True, PLAN, cpu, 1) and not wanted(False, PLAN, cuda, 1000)
+    assert not wanted(True, MemoryPlan("bf16", 57, 10, False), cuda, 1000) and not wanted(True, MemoryPlan("nf4", 0, 0, False), cuda, 1000)

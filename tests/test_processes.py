@@ -1,0 +1,72 @@
+"""Several processes on one run, as on several GPUs: here two on the CPU, joined by gloo."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorabooth.runs import RunDir
+from train import fit
+from train.checkpoint import verified
+
+
+def untrained(tiny_run: Path, folder: Path, **changed: object) -> RunDir:
+    """A copy of the finished run, with other settings and its training still to be done."""
+    run = RunDir(Path(shutil.copytree(tiny_run, folder)))
+    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.path / "tensorboard")
+    run.metrics.unlink()
+    run._write_config(run.config.model_copy(update={"preview_every": 0, **changed}))
+    return run
+
+
+def two_processes(run: RunDir) -> subprocess.Popen[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*torchrun, "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, tmp_path: Path, accumulation: int):
+    settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.0, "gradient_accumulation": accumulation}
+    one = untrained(tiny_run, tmp_path / "one", batch_size=2, **settings)
+    two = untrained(tiny_run, tmp_path / "two", batch_size=1, **settings)
+    process = two_processes(two)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    fit.run(one)
+    alone, together = ([row["loss"] for row in run.history() if "loss" in row] for run in (one, two))
+    assert len(alone) == len(together) == 4
+    assert together == pytest.approx(alone, rel=1e-4)
+    for a, b in zip(fit.final_weights(one), fit.final_weights(two), strict=True):
+        # Adam divides by the size of a gradient: where that is nearly nothing, rounding shows.
+        assert (a - b).abs().mean() < 0.02 * a.abs().mean() + 1e-6
+    assert torch.isfinite(torch.cat([t.flatten() for t in fit.final_weights(two)])).all()
+
+
+def test_a_sigterm_stops_both_at_one_step_and_saves_it(tiny_run: Path, tmp_path: Path):
+    run = untrained(tiny_run, tmp_path / "run", batch_size=1, steps=9999, checkpoint_every=9999)
+    process = two_processes(run)
+    assert process.stderr is not None
+    end = time.monotonic() + 180
+    while not any("loss" in row for row in run.history()):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    [checkpoint] = run.checkpoints.iterdir()
+    record = verified(checkpoint)
+    assert record is not None and record["step"] >= 10
+    assert all(t.isfinite().all() for t in load_file(checkpoint / "lora.safetensors").values())

@@ -1,0 +1,90 @@
+"""Trackers: the real ones write what a run logs, and none can lose a training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from lorabooth.cli import main
+from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
+from lorabooth.runs import RunDir
+from tests.test_processes import untrained
+from train import fit
+from train.trackers import check_trackers
+
+KEY = "0123456789abcdef" * 3
+
+
+def events(folder: Path) -> list[tuple[int, str, str]]:
+    """(step, tag, kind) of every value in TensorBoard's files: records of length (8 bytes), its CRC (4), data, its CRC (4)."""
+    found = []
+    for file in sorted(folder.rglob("events.*")):
+        content, place = file.read_bytes(), 0
+        while place < len(content):
+            length = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            found += [(event.step, value.tag, value.WhichOneof("value")) for value in event.summary.value]
+            place += length + 16
+    return found
+
+
+def test_tensorboard_gets_losses_validation_and_previews(tiny_run: Path, tmp_path: Path):
+    run = untrained(tiny_run, tmp_path / "run", preview_every=2, validation_photos=1, validation_every=2)
+    fit.run(run)
+    seen = events(run.path / "tensorboard")
+    assert [step for step, tag, _ in seen if tag == "loss"] == [1, 2, 3, 4]
+    assert [step for step, tag, _ in seen if tag == "validation_loss"] == [0, 2, 4]
+    assert [(step, kind) for step, tag, kind in seen if tag.startswith("preview")] == [(0, "image"), (2, "image"), (4, "image")]
+
+
+def test_no_tracker_leaves_no_trace(tiny_run: Path, tmp_path: Path):
+    run = untrained(tiny_run, tmp_path / "run", trackers="none")
+    fit.run(run)
+    assert not (run.path / "tensorboard" / "lorabooth").exists() and len([row for row in run.history() if "loss" in row]) == 4
+
+
+def test_wandb_writes_a_run_without_network(tiny_run: Path, tmp_path: Path):
+    run = untrained(tiny_run, tmp_path / "run", trackers="wandb", wandb_project="portraits", wandb_run="ada", preview_every=4)
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = subprocess.run([sys.executable, "-m", "train", "fit", str(run.path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [folder] = (run.path / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb")) and len(list((folder / "files" / "media" / "images").glob("preview*.png"))) == 2
+
+
+def test_a_tracker_that_cannot_start_stops_the_run_before_its_first_step(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = untrained(tiny_run, tmp_path / "run", trackers="wandb")
+    for name, value in {"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"a tracker \(wandb\) did not start: .+") as refused:
+        fit.run(run)
+    assert "--trackers" in refused.value.hint and not run.checkpoints.exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], tiny_command: list[str], tmp_path: Path):
+    with pytest.raises(UserError, match="trackio is not installed"):
+        check_trackers(TrainConfig(trigger_word="TOK", trackers="tensorboard, trackio"))
+    assert main([*tiny_command, "--trackers", "chalk", "--out", str(tmp_path / "run")]) == 2
+    assert "trackers: must be none, or some of tensorboard, wandb, trackio by commas" in capsys.readouterr().err
+
+
+def test_the_key_switches_wandb_on_and_is_written_nowhere(tiny_command: list[str], tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    command = [sys.executable, "-m", "lorabooth", *tiny_command, "--wandb-api-key", KEY, "--out", str(run.path)]
+    done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and KEY not in done.stdout + done.stderr, done.stderr
+    assert run.config.tracker_names == ("tensorboard", "wandb")
+    assert not [file for file in run.path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+def test_inputs_of_the_hosted_trainer_that_need_no_wandb():
+    config = TrainConfig.model_validate(
+        {"trigger_word": "TOK", "wandb_sample_interval": 7, "wandb_save_interval": 9, "wandb_sample_prompts": "TOK by the sea\n\nTOK at home\n"}
+    )
+    assert (config.preview_every, config.checkpoint_every, config.preview_prompts) == (7, 9, ("TOK by the sea", "TOK at home"))
+    with pytest.raises(ValueError, match="another name of preview_every"):
+        TrainConfig.model_validate({"trigger_word": "TOK", "wandb_sample_interval": 7, "preview_every": 8})

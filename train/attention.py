@@ -1,0 +1,109 @@
+"""Which attention kernel to train with: the fastest of those that compute attention, found by trying them on this GPU.
+
+torch has several for one product, and which of them is fast, and right, changes with its version, cuDNN's and the GPU.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lorabooth import hub
+from lorabooth.config import TrainConfig
+from lorabooth.device import base_dtype
+from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, Flux1
+
+CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+TOLERANCE = 0.02
+"""Largest distance of the output and of each gradient from the plain fp32 product, over its size; bf16 itself is within 0.005."""
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a kernel did: the larger of its errors, and seconds for forward and backward at the training's size."""
+
+    backend: SDPBackend
+    error: float
+    seconds: float
+
+
+def trials(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int, candidates: tuple[SDPBackend, ...] = CANDIDATES) -> list[Trial]:
+    """Every candidate that runs here. heads of `width` values; errors are measured on up to 512 tokens, for the fp32 product is large."""
+    found = []
+    exact = _inputs(device, torch.float32, heads, width, min(tokens, 512))
+    rounded = [t.detach().to(dtype).requires_grad_() for t in exact]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = _pass([t.detach().float().requires_grad_() for t in rounded])
+    large = _inputs(device, dtype, heads, width, tokens)
+    for backend in candidates:
+        try:
+            with sdpa_kernel(backend):
+                error = max(_distance(mine, right) for mine, right in zip(_pass(rounded), expected, strict=True))
+                found.append(Trial(backend, error, _seconds(large)))
+        except RuntimeError:  # not built in, or not for this GPU
+            continue
+    return found
+
+
+def fastest(found: list[Trial]) -> SDPBackend | None:
+    """The fastest kernel whose result is right; None where none is, and torch's own choice stays."""
+    right = [trial for trial in found if trial.error <= TOLERANCE]
+    return min(right, key=lambda trial: trial.seconds).backend if right else None
+
+
+def choose_kernel(config: TrainConfig, family: Flux1, device: torch.device) -> str:
+    """Try the kernels at the recipe's largest picture and have torch use the fastest that is right; its name."""
+    transformer = hub.component_config(family.model, "transformer")
+    tokens = family.text_tokens + (max(config.resolutions_px) // BUCKET_MULTIPLE_PX) ** 2
+    backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens))
+    if backend is None:
+        return "torch's own choice"
+    use(backend)
+    return str(backend.name.lower())
+
+
+def use(backend: SDPBackend) -> None:
+    """Have torch take this kernel in this process, and the plain product only where it cannot."""
+    torch.backends.cuda.enable_cudnn_sdp(backend == SDPBackend.CUDNN_ATTENTION)
+    torch.backends.cuda.enable_flash_sdp(backend == SDPBackend.FLASH_ATTENTION)
+    torch.backends.cuda.enable_mem_efficient_sdp(backend == SDPBackend.EFFICIENT_ATTENTION)
+
+
+def _inputs(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int) -> list[Tensor]:
+    """Query, key and value [1, heads, tokens, width]."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 1, heads, tokens, width, generator=generator)
+    return [t.to(device, dtype).requires_grad_() for t in drawn]
+
+
+def _pass(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Attention, and the gradients of its weighted sum."""
+    query, key, value = inputs
+    out = F.scaled_dot_product_attention(query, key, value)
+    weights = torch.linspace(-1, 1, out.shape[-1], device=out.device, dtype=out.dtype)
+    return out, *torch.autograd.grad((out * weights).sum(), inputs)
+
+
+def _distance(mine: Tensor, right: Tensor) -> float:
+    return float((mine.float() - right.float()).norm() / right.float().norm())
+
+
+def _seconds(inputs: list[Tensor]) -> float:
+    """The least of a few rounds, after one to warm up."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        _wait(inputs[0].device)
+        start = time.perf_counter()
+        _pass(inputs)
+        _wait(inputs[0].device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,51 @@
+"""What a training step makes small: rectified flow (lorabooth/flow.py), as in diffusers' train_dreambooth_lora_flux.py.
+
+x = (1 - sigma) x_0 + sigma noise, target = noise - x_0, guidance embedding 1.0. Noise levels and their weights are choices of the recipe.
+"""
+
+import torch
+from torch import Tensor
+
+from lorabooth import flow
+from lorabooth.device import base_dtype
+from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING
+from train.data import Batch
+from train.trainer import Trainer, evaluating, with_weights
+
+
+def loss_of(trainer: Trainer, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The loss of a batch: a scalar, fp32. `generator` (CPU) draws noise and noise levels, for the whole batch, so that several
+    processes train on what one would."""
+    noise, sigma = drawn(trainer, batch, generator)
+    weight = flow.loss_weight(trainer.config.loss_weighting, sigma).view(-1, 1, 1).to(trainer.accelerator.device)
+    return (weight * squared_error(trainer, batch, noise, sigma)).mean()
+
+
+def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The noise, as the batch's latents, and the noise levels [B] that a generator draws for it."""
+    noise = torch.randn((batch.whole, *batch.latents.shape[1:]), generator=generator)[batch.mine]
+    return noise, flow.sample_sigma(trainer.config.sigma_sampling, batch.whole, batch.weights.shape[1], generator)[batch.mine]
+
+
+def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """[B, N, 64], fp32, weighted by the photos' masks; noise as the latents, sigma [B].
+
+    Where the batch preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
+    """
+    device = trainer.accelerator.device
+    dtype = base_dtype(device)
+    if trainer.modulation:
+        trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, batch.conditioning.pooled)
+    x_0, noise, sigma = flow.pack(batch.latents).to(device), flow.pack(noise).to(device), sigma.to(device)
+    x = flow.add_noise(x_0, noise, sigma).to(dtype)
+    ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=dtype)
+    conditioning = batch.conditioning.to(device, dtype)
+
+    def predict(transformer: torch.nn.Module) -> Tensor:
+        return trainer.family.velocity(transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
+
+    if not batch.preserve:
+        return batch.weights.to(device) * (predict(trainer.transformer) - flow.velocity(x_0, noise)).square()
+    with with_weights(trainer, trainer.untrained), evaluating(trainer.raw):
+        target = predict(trainer.raw)
+    return (predict(trainer.transformer) - target).square()

@@ -1,0 +1,55 @@
+"""Preview pictures of a run, by the generator's own sampling code."""
+
+from contextlib import nullcontext
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorabooth import sampling
+from lorabooth.device import base_dtype
+from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
+from lorabooth.runs import publish
+from train.encode import preview_stem
+from train.trackers import log_pictures
+from train.trainer import Trainer, with_weights
+
+PREVIEW_STEPS = 20
+PREVIEW_GUIDANCE = 3.5
+
+
+@torch.no_grad()
+def preview(trainer: Trainer) -> None:
+    """Pictures of the preview prompts with the averaged weights, by the generator's own sampling code."""
+    config, family, run_dir = trainer.config, trainer.family, trainer.run
+    if not config.preview_every:
+        return
+    px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
+    raw = trainer.raw
+    raw.eval()
+    latents = []
+    with with_weights(trainer, trainer.state.ema):
+        for i in range(len(config.preview_prompts)):
+            conditioning = trainer.cache.conditioning([preview_stem(i)])
+            start = sampling.noise(config.preview_seed, px, px)
+            sigmas = family.sigmas(PREVIEW_STEPS, start[0, 0].numel() // 4)[:-1]
+            with trainer.modulation.sampling(sigmas, PREVIEW_GUIDANCE, conditioning.pooled) if trainer.modulation else nullcontext():
+                latents.append(sampling.denoise(family, raw, conditioning, start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
+    raw.train()
+    run_dir.samples.mkdir(exist_ok=True)
+    pictures = _decoded(trainer, torch.cat(latents))
+    log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})
+    for i, picture in enumerate(pictures):
+        part = run_dir.samples / f".{i}.part.png"
+        picture.save(part)
+        publish(part, run_dir.samples / f"step-{trainer.state.step:06d}-{i}.png")
+
+
+def _decoded(trainer: Trainer, latents: Tensor) -> list[Image.Image]:
+    """The pictures of latents [B, 16, h, w]; made on the CPU where the training has left the GPU no room for them."""
+    try:
+        vae = trainer.family.vae(trainer.accelerator.device, base_dtype(trainer.accelerator.device))
+        return [sampling.decode(trainer.family, vae, row[None])[0] for row in latents]
+    except torch.OutOfMemoryError:
+        vae = trainer.family.vae(torch.device("cpu"), torch.float32)
+        return [sampling.decode(trainer.family, vae, row[None])[0] for row in latents]

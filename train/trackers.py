@@ -1,0 +1,60 @@
+"""A run's figures and previews for TensorBoard, Weights & Biases and trackio, by accelerate's trackers; metrics.jsonl has the figures in any case."""
+
+import hashlib
+from importlib.util import find_spec
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
+from lorabooth.runs import RunDir
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """A UserError where a tracker's package is not installed."""
+    for name in config.tracker_names:
+        if name != "tensorboard" and find_spec(name) is None:
+            raise UserError(f"the tracker {name} is not installed", hint=f"pip install {name}, or leave it out of --trackers")
+
+
+def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None:
+    """Open the trackers that the accelerator was made with, in the main process; a resumed run goes on in the same places.
+
+    Raises UserError where one cannot start: better before an hour of training than a chart that is not there after it.
+    """
+    if accelerator.trackers or not accelerator.is_main_process:
+        return
+    config = run_dir.config
+    # The folder may be used anew for another run: its record's time tells them apart.
+    identity = hashlib.sha256(f"{run_dir.path.resolve()} {(run_dir.path / 'config.json').stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    name = config.wandb_run or run_dir.path.name
+    wandb = {"name": name, "entity": config.wandb_entity or None, "id": identity, "resume": "allow", "dir": str(run_dir.path)}
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
+    try:
+        accelerator.init_trackers(config.wandb_project, init_kwargs=options)
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # it would write a folder of settings at each start, and they are in config.json
+                tracker.store_init_configuration(config.recipe())
+    except Exception as error:  # each tracker has errors of its own
+        accelerator.trackers.clear()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"a tracker ({', '.join(config.tracker_names)}) did not start: {reason}", hint="log in to it, or leave it out of --trackers") from error
+
+
+def log_pictures(accelerator: Accelerator, step: int, pictures: dict[str, Image.Image]) -> None:
+    """Show pictures by name in the trackers that can."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for name, picture in pictures.items():
+                tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: [picture] for name, picture in pictures.items()}, step)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Write out what is still on its way."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers.clear()

@@ -1,0 +1,91 @@
+"""`Trainer`: the live objects of a run, and other LoRA weights in place of those that are being trained.
+
+The optimiser works on fp32 weights, the transformer on copies of them in its own precision (Micikevicius et al. 2018, arXiv 1710.03740).
+On a CPU both are fp32 and the same tensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lorabooth.config import TrainConfig
+from lorabooth.families.flux1 import Flux1
+from lorabooth.runs import RunDir
+from train.checkpoint import TrainState
+from train.data import Cache, Sampler
+from train.modulation import Modulation
+
+
+@dataclass
+class Trainer:
+    """A run's live objects: what the step needs, in one place."""
+
+    run: RunDir
+    config: TrainConfig
+    family: Flux1
+    accelerator: Accelerator
+    transformer: torch.nn.Module
+    live: list[Tensor]
+    """The LoRA's weights that the transformer computes with; those of the state, rounded."""
+    state: TrainState
+    untrained: list[Tensor]
+    """The LoRA's weights at its start, with which the model is the base."""
+    sampler: Sampler
+    others: Sampler | None
+    """Of the photos of others, where the recipe has a prior_rate."""
+    cache: Cache
+    modulation: Modulation | None
+    """Where the plan computes it ahead."""
+
+    @property
+    def raw(self) -> torch.nn.Module:
+        """The transformer without accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.transformer)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the live weights are copies."""
+        return self.live[0] is not self.state.parameters[0]
+
+    def collect_gradients(self) -> None:
+        """Move the live weights' gradients to the state's, in fp32, so that those of many batches add up exactly."""
+        if not self.mixed:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.live]
+        for p, gradient in zip(self.state.parameters, gradients, strict=True):
+            p.grad = gradient.float() if p.grad is None else p.grad.add_(gradient)
+        for p in self.live:
+            p.grad = None
+
+    @torch.no_grad()
+    def show_weights(self) -> None:
+        """Round the state's weights into the live ones."""
+        if self.mixed:
+            torch._foreach_copy_(self.live, self.state.parameters)
+
+
+@contextmanager
+def with_weights(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
+    """Other LoRA weights in place of the raw ones, and no gradients."""
+    with torch.no_grad():
+        raw = [p.detach().clone() for p in trainer.live]
+        torch._foreach_copy_(trainer.live, weights)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(trainer.live, raw)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)

@@ -1,0 +1,28 @@
+"""A loss that can be compared between steps and runs: held-out photos at fixed noise levels and with fixed noise.
+
+The training loss says little of progress: most of its swings come from the noise levels that a step happened to draw.
+"""
+
+import random
+
+import torch
+
+from lorabooth.photos import Manifest
+from train.data import validation_items
+from train.objective import squared_error
+from train.trainer import Trainer, evaluating, with_weights
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def measure(trainer: Trainer) -> float:
+    """The mean loss of the held-out photos with the averaged weights, over `SIGMAS`."""
+    plain = trainer.config.model_copy(update={"caption_dropout_rate": 0.0, "preservation_rate": 0.0})
+    errors = []
+    with with_weights(trainer, trainer.state.ema), evaluating(trainer.raw):
+        for item in validation_items(Manifest.load(trainer.run.path), trainer.config):
+            batch = trainer.cache.batch([item], plain, random.Random(0))
+            for i, sigma in enumerate(SIGMAS):
+                noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1000 * int(item.photo) + i))
+                errors.append(squared_error(trainer, batch, noise, torch.tensor([sigma])).mean())
+    return torch.stack(errors).mean().item()
