@@ -1,0 +1,110 @@
+"""Training on several GPUs and machines: two real processes here; SLURM and more GPUs than none cannot exist here and are stubs that record."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from lorabooth.cli import main
+from lorabooth.runs import RunDir
+from train.checkpoint import verified
+
+ROOT = Path(__file__).parent.parent
+TWO = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --master_port 0 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0"
+
+
+def test_the_whole_command_trains_in_two_processes(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = RunDir(tmp_path / "run")
+    assert main([*tiny_command, "--batch-size", "1", "--launch", TWO, "--out", str(run.path)]) == 0
+    assert run.lora.exists() and [row["step"] for row in run.history() if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_sigterm_to_the_command_reaches_both_and_is_saved(tiny_command: list[str], tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    long = ["--batch-size", "1", "--steps", "9999", "--checkpoint-every", "9999", "--preview-every", "0", "--launch", TWO, "--out", str(run.path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "lorabooth", *tiny_command, *long], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    end = time.monotonic() + 180
+    while not any("loss" in row for row in run.history()):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "run the same command again" in said, said
+    [checkpoint] = run.checkpoints.iterdir()
+    assert verified(checkpoint)
+
+
+def test_a_launcher_that_is_not_there_is_named(tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*tiny_command, "--launch", "nosuchthing -n 2", "--out", str(tmp_path / "run")]) == 2
+    assert "--launch nosuchthing -n 2: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "machines"), [("ddp", 1), ("two_nodes", 2)])
+def test_accelerate_reads_the_shipped_configs(name: str, machines: int):
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert config.num_machines == machines and config.mixed_precision == "no" and str(config.distributed_type).endswith("MULTI_GPU")
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Path:
+    """A folder of commands that write down how they were called; srun goes on to what it was told to start, on the second of two nodes."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    record = f'#!/usr/bin/env bash\n{sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@" > "{tmp_path}/$(basename "$0").json"\n'
+    commands = {
+        "lorabooth": record,
+        "accelerate": record,
+        "scontrol": "#!/usr/bin/env bash\nprintf 'first\\nsecond\\n'\n",
+        "srun": '#!/usr/bin/env bash\nshift\nSLURM_NODEID=1 exec "$@"\n',
+        "nvidia-smi": "#!/usr/bin/env bash\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\n'\n",
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def called(folder: Path, name: str) -> list[str]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def launched(script: str, stubs: Path, **environment: str) -> tuple[list[str], list[str]]:
+    """What a launcher calls lorabooth with, and then what accelerate is called with by the training stage."""
+    variables = os.environ | environment | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / "scripts" / "launch" / script, "my photos.zip", "--trigger", "TOK"], env=variables, check=True, timeout=60)
+    arguments = called(stubs.parent, "lorabooth")
+    starter = shlex.split(arguments[arguments.index("--launch") + 1])
+    subprocess.run([*starter, "-m", "train", "fit", "a run"], env=variables, check=True, timeout=60)
+    return arguments, called(stubs.parent, "accelerate")
+
+
+def test_a_workstation_trains_on_all_its_gpus(stubs: Path):
+    command, accelerate = launched("workstation.sh", stubs)
+    assert command[:4] == ["train", "my photos.zip", "--trigger", "TOK"]
+    config = str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+    assert accelerate == ["launch", "--config_file", config, "--num_processes", "3", "-m", "train", "fit", "a run"]
+
+
+def test_slurm_starts_every_node_with_its_own_number(stubs: Path):
+    command, accelerate = launched("slurm.sbatch", stubs, SLURM_JOB_NODELIST="x", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="2")
+    assert command[:4] == ["train", "my photos.zip", "--trigger", "TOK"]
+    assert accelerate[-4:] == ["-m", "train", "fit", "a run"]
+    options = dict(zip(accelerate[2:-4:2], accelerate[3:-4:2], strict=True))
+    assert accelerate[:2] == ["launch", "--multi_gpu"] and options == {
+        "--mixed_precision": "no",
+        "--num_machines": "2",
+        "--num_processes": "8",
+        "--machine_rank": "1",
+        "--main_process_ip": "first",
+        "--main_process_port": "29500",
+    }
