@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
@@ -22,27 +23,76 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from lorabooth import sampling
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, check_memory
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Flux1
+from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
-from train.data import EMPTY, TRIGGER_ONLY, Sampler, items, stem, text_name
+from train.attention import choose_kernel
+from train.compiled import compile_blocks, wanted
+from train.data import EMPTY, TRIGGER_ONLY, items, stem, text_name
+from train.plan import Estimate, MemoryPlan, choose
+from train.planning import HOST_SHARE, plans_for, shapes_of
+from train.speed import measured
 
 WARM_UP_STEPS = 5
 SAMPLING_STEPS = 28
 GUIDANCE = 3.5
 PHOTO = Photo("00001.png", "random numbers", 1024, 1024, "", None)
+CONTEXT_BYTES = 0.6e9
+"""What CUDA itself holds of a card before torch asks for anything."""
 
 
-def write_run(folder: Path, model: str, size: Size, dtype: torch.dtype, checkpointing: bool) -> RunDir:
-    """A run that has been encoded: one photo at each side, of random latents and random conditioning."""
-    config = TrainConfig(trigger_word="TOK", model=model, resolution=",".join(map(str, size.sides_px)), gradient_checkpointing=checkpointing, preview_every=0)
+@dataclass(frozen=True)
+class Case:
+    """One training to time: settings of the recipe, on the whole GPU or on as much of it as a card of `card_gib` has."""
+
+    part: str
+    px: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    card_gib: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table."""
+        card = f"{self.card_gib} GB card: " if self.card_gib else ""
+        eager = ", not compiled" if self.settings.get("compile_blocks") is False else ""
+        return f"{card}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}"
+
+
+PARTS = ("table", "plans", "cards")
+PLANS: list[dict[str, Any]] = [
+    {"precision": "bf16", "gradient_checkpointing": "none"},
+    {"precision": "bf16", "gradient_checkpointing": "all"},
+    {"precision": "bf16", "gradient_checkpointing": "none", "precompute_modulation": True},
+    {"precision": "int8", "gradient_checkpointing": "none"},
+    {"precision": "fp8", "gradient_checkpointing": "none"},
+    {"precision": "nf4", "gradient_checkpointing": "none"},
+    {"precision": "int8", "blocks_to_swap": 30},
+    {"precision": "bf16", "blocks_to_swap": 57, "precompute_modulation": True},
+]
+
+
+def cases(part: str, size: Size) -> list[Case]:
+    """What a part times: every size and batch with the automatic plan; each way to save memory at the largest size; small cards."""
+    if part == "table":
+        kinds: tuple[dict[str, Any], ...] = ({}, {"compile_blocks": False})
+        return [Case(part, px, {"batch_size": batch} | kind) for px in size.sides_px for batch in (1, 4) for kind in kinds]
+    if part == "plans":
+        return [Case(part, size.sides_px[-1], plan) for plan in PLANS]
+    return [Case(part, px, {}, card) for card in (24, 16, 12, 8) for px in size.sides_px]
+
+
+def write_run(folder: Path, family: Flux1, size: Size, dtype: torch.dtype, case: Case) -> RunDir:
+    """A run that has been encoded: one photo, of random latents and random conditioning."""
+    config = TrainConfig.model_validate({"trigger_word": "TOK", "model": family.model, "resolution": case.px, "preview_every": 0} | case.settings)
     run, manifest = RunDir.create(folder, config), Manifest((PHOTO,), ())
     (folder / "manifest.jsonl").write_text(manifest.to_jsonl(), encoding="utf-8")
     run.cache.mkdir()
@@ -52,6 +102,13 @@ def write_run(folder: Path, model: str, size: Size, dtype: torch.dtype, checkpoi
         text = random_conditioning(size, dtype)
         save_file({"embeds": text.embeds[0], "pooled": text.pooled[0]}, run.cache / text_name(name))
     return run
+
+
+def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: int | None) -> Estimate:
+    """The plan that training would take, on this GPU or on a smaller card."""
+    if card_gib is None:
+        return plans_for(config, family, device)[0]
+    return choose(shapes_of(config, family), config, measured(), card_gib * 2**30 - CONTEXT_BYTES, memory_bytes()[1] * HOST_SHARE)[0]
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -86,20 +143,43 @@ def forget(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def time_training(run: RunDir, family: Flux1, size: Size, accelerator: Accelerator, steps: int, rate: float) -> list[dict[str, Any]]:
-    """Seconds of single optimiser steps, of each side apart."""
-    trainer, rows = fit.start(run, run.config, family, accelerator), []
-    for px in size.sides_px:
-        config = run.config.model_copy(update={"resolution": str(px)})
-        trainer.sampler = Sampler(items(Manifest.load(run.path), config), config.batch_size, config.seed)
-        forget(accelerator.device)
-        losses: list[torch.Tensor] = []
-        times = [seconds_of(lambda: losses.append(fit.train_step(trainer)[0]), accelerator.device) for _ in range(WARM_UP_STEPS + steps)][WARM_UP_STEPS:]  # noqa: B023 - called at once
-        values = torch.stack(losses).tolist()
-        assert all(map(math.isfinite, values)), f"the loss at {px} px is not finite: {values}"
+def time_case(case: Case, folder: Path, family: Flux1, size: Size, accelerator: Accelerator, steps: int, rate: float) -> dict[str, Any]:
+    """Seconds of single optimiser steps, and the memory they took beside what was expected."""
+    device = accelerator.device
+    run = write_run(folder, family, size, base_dtype(device), case)
+    result: dict[str, Any] = {"what": "train", "part": case.part, "name": case.name, "px": case.px, "card_gib": case.card_gib}
+    try:
+        expected = planned(run.config, family, device, case.card_gib)
+    except UserError as error:
+        return result | {"refused": str(error)}
+    result |= {"plan": str(expected.plan), "estimate_gb": expected.bytes / 1e9, "estimate_seconds": expected.seconds}
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    if case.card_gib and total:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card_gib * 2**30 - CONTEXT_BYTES) / total))
+    try:
+        forget(device)
+        times, losses = step_times(run, family, accelerator, expected.plan, steps)
+        assert all(map(math.isfinite, losses)), f"the loss of {case.name} is not finite: {losses}"
         deciles = quantiles(times, n=10, method="inclusive")
-        rows.append(row("train", px, median(times), size.step_tflop(px), rate, accelerator.device) | {"p10_seconds": deciles[0], "p90_seconds": deciles[-1]})
-    return rows
+        timed = speed(median(times), run.config.batch_size * size.step_tflop(case.px), rate)
+        return result | timed | {"p10_seconds": deciles[0], "p90_seconds": deciles[-1]} | memory(device)
+    except torch.OutOfMemoryError:
+        return result | {"out_of_memory": True} | memory(device)
+    finally:
+        accelerator.free_memory()  # it keeps what it prepared: a second transformer in the next figure
+        forget(device)
+        if total:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: MemoryPlan, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step after the warm-up, and all losses."""
+    trainer = fit.start(run, run.config, family, accelerator, plan)
+    if wanted(run.config.compile_blocks, plan, accelerator.device, run.config.steps):
+        compile_blocks(trainer)
+    losses: list[torch.Tensor] = []
+    times = [seconds_of(lambda: losses.append(fit.train_step(trainer)[0]), accelerator.device) for _ in range(WARM_UP_STEPS + steps)]
+    return times[WARM_UP_STEPS:], torch.stack(losses).tolist()
 
 
 def time_generating(family: Flux1, size: Size, device: torch.device, rate: float) -> list[dict[str, Any]]:
@@ -122,29 +202,31 @@ def time_generating(family: Flux1, size: Size, device: torch.device, rate: float
     seconds = seconds_of(lambda: denoise(SAMPLING_STEPS), device)
     assert bool(torch.isfinite(latents[-1]).all()), "the latents are not finite"
     decoding = seconds_of(lambda: sampling.decode(family, vae, latents[-1]), device)
-    return [row("generate", px, seconds, SAMPLING_STEPS * sum(size.tflop(px)), rate, device) | {"decode_seconds": decoding}]
+    timed = speed(seconds, SAMPLING_STEPS * sum(size.tflop(px)), rate)
+    return [{"what": "generate", "name": f"one picture, {px} px, {SAMPLING_STEPS} steps", "px": px} | timed | {"decode_seconds": decoding} | memory(device)]
 
 
-def row(what: str, px: int, seconds: float, tflop: float, rate: float, device: torch.device) -> dict[str, Any]:
-    """One measurement. MFU: the model's operations, without those of recomputing, over what plain products reach."""
-    return {"what": what, "px": px, "seconds": seconds, "tflop": tflop, "tflop_per_second": tflop / seconds, "mfu": tflop / seconds / rate} | memory(device)
+def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
+    """A time, and what it means. MFU: the model's operations, without those of recomputing, over what plain products reach."""
+    return {"seconds": seconds, "tflop": tflop, "tflop_per_second": tflop / seconds, "mfu": tflop / seconds / rate}
 
 
-def check(what: str, steps: int, size: Size, device: torch.device, checkpointing: bool) -> dict[str, Any]:
+def check(what: str, steps: int, size: Size, device: torch.device) -> dict[str, Any]:
     """Do it, and return what to write down."""
-    accelerator = Accelerator(mixed_precision="bf16" if device.type == "cuda" else "no", cpu=device.type == "cpu")
+    accelerator = Accelerator(cpu=device.type == "cpu")
     rate = gemm_rate(size.gemm, device, base_dtype(device))
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "model": size.name, "versions": versions}
-    record |= {"gradient_checkpointing": checkpointing, "timed_steps": steps, "gemm_tflop_per_second": rate, "rows": []}
+    record |= {"timed_steps": steps, "gemm_tflop_per_second": rate, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         family = write_model(Path(folder) / "model", size)
-        if what in ("train", "all"):
-            run = write_run(Path(folder) / "run", family.model, size, base_dtype(device), checkpointing)
-            record["rows"] += time_training(run, family, size, accelerator, steps, rate)
-            accelerator.free_memory()  # it keeps what it prepared: a second transformer in the next figure
-            forget(device)
+        if device.type == "cuda":
+            largest = TrainConfig(trigger_word="TOK", model=family.model, resolution=str(size.sides_px[-1]))
+            record["attention"] = choose_kernel(largest, family, device)
+        parts = PARTS if what in ("train", "all") else tuple(part for part in PARTS if part == what)
+        for i, case in enumerate(tqdm([case for part in parts for case in cases(part, size)], desc="trainings", disable=not parts)):
+            record["rows"].append(time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate))
         if what in ("generate", "all"):
             record["rows"] += time_generating(family, size, device, rate)
     return record
@@ -153,23 +235,29 @@ def check(what: str, steps: int, size: Size, device: torch.device, checkpointing
 def table(record: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     lines = [f"{record['model']} on {record['gpu'] or 'the CPU'}; GEMM {record['gemm_tflop_per_second']:.3g} TFLOP/s", ""]
-    lines += ["| | px | seconds | p10-p90 | decoding, s | TFLOP/s | MFU | peak allocated / reserved, GB |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| | plan | seconds | p10-p90 | decoding, s | TFLOP/s | MFU | peak allocated / reserved, GB | estimate, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in record["rows"]:
         spread = f"{r['p10_seconds']:.3f}-{r['p90_seconds']:.3f}" if "p10_seconds" in r else ""
         decoding = f"{r['decode_seconds']:.3f}" if "decode_seconds" in r else ""
         peaks = f"{r['peak_allocated_gb']} / {r['peak_reserved_gb']}" if "peak_allocated_gb" in r else ""
-        name = "one training step" if r["what"] == "train" else f"one picture, {SAMPLING_STEPS} steps"
-        lines.append(f"| {name} | {r['px']} | {r['seconds']:.3f} | {spread} | {decoding} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%} | {peaks} |")
+        timed = f"{r['seconds']:.3f} | {spread} | {decoding} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%}" if "seconds" in r else " | | | | "
+        plan = f"{r.get('plan') or r.get('refused', '')}{': out of memory' if 'out_of_memory' in r else ''}"
+        expected = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""
+        lines.append(f"| {r['name']} | {plan} | {timed} | {peaks} | {expected} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("train", "generate", "all"), default="all")
-    parser.add_argument("--steps", type=int, default=20, help=f"timed training steps at each size, 2 or more, after {WARM_UP_STEPS} to warm up [default: 20]")
+    parser.add_argument("what", nargs="?", choices=("train", *PARTS, "generate", "all"), default="all", help="train is table, plans and cards")
+    parser.add_argument(
+        "--steps", type=int, default=20, help=f"timed training steps of each training, 2 or more, after {WARM_UP_STEPS} to warm up [default: 20]"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="[default: benchmarks/results/gpu.json]")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="for GPUs of less than 64 GB")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries this script, measures nothing")
     a = parser.parse_args(arguments)
     try:
@@ -179,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script on the CPU)")
         if not a.tiny:
             check_memory(28_000_000_000, "FLUX.1-dev in bf16", "use a GPU with at least 32 GB")
-        record = check(a.what, a.steps, TINY if a.tiny else DEV, torch.device("cpu" if a.tiny else "cuda"), a.gradient_checkpointing)
+        record = check(a.what, a.steps, TINY if a.tiny else DEV, torch.device("cpu" if a.tiny else "cuda"))
     except UserError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from lorabooth import hub
 from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
 
+POOL = 2**23 + 9
+"""How many random numbers are drawn; no divisor of a width, so that no two rows are alike."""
 SCHEDULER = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -58,7 +60,7 @@ DEV = Size(
         "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
         "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
     },
-    vae_channels=(128, 256, 512, 512), vae_groups=32, text_tokens=512, sides_px=(512, 1024), gemm=8192,
+    vae_channels=(128, 256, 512, 512), vae_groups=32, text_tokens=512, sides_px=(512, 768, 1024), gemm=8192,
 )  # fmt: skip
 TINY = Size(
     "tiny, random weights",
@@ -88,12 +90,16 @@ def random_weights(kind: Any, config: dict[str, Any], device: torch.device, dtyp
         module = kind.from_config(config)
     assert not any(True for _ in module.buffers()), "a buffer would be left without a value"
     module = module.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    # Drawn once and repeated: 12 billion numbers take a CPU minutes to draw, and seconds to copy.
+    pool = 0.02 * torch.randn(POOL, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1 and name.endswith("weight"):
             torch.nn.init.ones_(parameter)
         else:
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+            flat = parameter.data.view(-1)
+            for start in range(0, len(flat), POOL):
+                part = flat[start : start + POOL]
+                part.copy_(pool[: len(part)])
     return module.eval().requires_grad_(False)
 
 
@@ -101,6 +107,7 @@ def write_model(folder: Path, size: Size) -> RandomFlux:
     """The configs of a model, as a pipeline's folder has them."""
     files = {"model_index.json": {"_class_name": "FluxPipeline"}, "scheduler/scheduler_config.json": SCHEDULER}
     files |= {"transformer/config.json": {"_class_name": "FluxTransformer2DModel"} | size.transformer, "vae/config.json": size.vae}
+    files |= {"tokenizer_2/tokenizer_config.json": {"model_max_length": size.text_tokens}}
     for name, value in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value), encoding="utf-8")

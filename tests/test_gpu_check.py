@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import Accelerator, init_empty_weights
 from diffusers import AutoencoderKL
 
 from scripts import gpu_check, random_flux
@@ -34,18 +34,34 @@ def test_a_tiny_model_goes_through_training_and_generation(tmp_path: Path, capsy
     out = tmp_path / "results" / "gpu.json"
     assert gpu_check.main(["all", "--tiny", "--steps", "2", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert [(r["what"], r["px"]) for r in record["rows"]] == [("train", 64), ("train", 128), ("generate", 128)]
+    trained = [r for r in record["rows"] if r["what"] == "train"]
+    names = [f"{px} px, batch {batch}{kind}" for px in (64, 128) for batch in (1, 4) for kind in ("", ", not compiled")]
+    assert [r["name"] for r in trained if r["part"] == "table"] == names
+    assert len({r["plan"] for r in trained if r["part"] == "plans"}) == len(gpu_check.PLANS)
+    assert [r["card_gib"] for r in trained if r["part"] == "cards"] == [24, 24, 16, 16, 12, 12, 8, 8]
+    assert record["rows"][-1]["what"] == "generate"
     assert all(r["seconds"] > 0 and r["mfu"] > 0 for r in record["rows"])
-    assert all(r["p10_seconds"] <= r["seconds"] <= r["p90_seconds"] for r in record["rows"][:2])
+    assert all(r["p10_seconds"] <= r["seconds"] <= r["p90_seconds"] and r["estimate_gb"] > 0 for r in trained)
     assert record["gpu"] is None and record["gemm_tflop_per_second"] > 0 and record["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert printed.count("\n| one ") == 3 and "on the CPU" in printed
+    assert printed.count("px, ") == 25 and "on the CPU" in printed
 
 
 def test_only_what_is_asked_for_is_timed(tmp_path: Path):
-    for what in ("train", "generate"):
-        assert gpu_check.main([what, "--tiny", "--steps", "2", "--gradient-checkpointing", "--out", str(tmp_path / what)]) == 0
-        assert {r["what"] for r in json.loads((tmp_path / what).read_text())["rows"]} == {what}
+    for part in ("table", "generate"):
+        assert gpu_check.main([part, "--tiny", "--steps", "2", "--out", str(tmp_path / part)]) == 0
+        assert {r.get("part", r["what"]) for r in json.loads((tmp_path / part).read_text())["rows"]} == {part}
+
+
+def test_a_card_that_is_too_small_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    family = random_flux.write_model(tmp_path / "model", random_flux.TINY)
+    case = gpu_check.Case("cards", 64, card_gib=1)
+    row = gpu_check.time_case(case, tmp_path / "run", family, random_flux.TINY, Accelerator(cpu=True), 2, 1.0)
+    assert "GB of GPU memory" in row["refused"] and "seconds" not in row
+    monkeypatch.setattr(gpu_check.fit, "train_step", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+    case = gpu_check.Case("table", 64)
+    row = gpu_check.time_case(case, tmp_path / "other", family, random_flux.TINY, Accelerator(cpu=True), 2, 1.0)
+    assert row["out_of_memory"] and "seconds" not in row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
