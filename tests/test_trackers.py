@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lorabooth.cli import main
 from lorabooth.config import TrainConfig
@@ -20,16 +20,10 @@ KEY = "0123456789abcdef" * 3
 
 
 def events(folder: Path) -> list[tuple[int, str, str]]:
-    """(step, tag, kind) of every value in TensorBoard's files: records of length (8 bytes), its CRC (4), data, its CRC (4)."""
-    found = []
-    for file in sorted(folder.rglob("events.*")):
-        content, place = file.read_bytes(), 0
-        while place < len(content):
-            length = int.from_bytes(content[place : place + 8], "little")
-            event = Event.FromString(content[place + 12 : place + 12 + length])
-            found += [(event.step, value.tag, value.WhichOneof("value")) for value in event.summary.value]
-            place += length + 16
-    return found
+    """(step, tag, kind) of every value in TensorBoard's files."""
+    files = sorted(folder.rglob("events.*"))
+    read = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    return [(event.step, value.tag, value.metadata.plugin_data.plugin_name) for event in read for value in event.summary.value]
 
 
 def test_tensorboard_gets_losses_validation_and_previews(tiny_run: Path, tmp_path: Path):
@@ -38,7 +32,7 @@ def test_tensorboard_gets_losses_validation_and_previews(tiny_run: Path, tmp_pat
     seen = events(run.path / "tensorboard")
     assert [step for step, tag, _ in seen if tag == "loss"] == [1, 2, 3, 4]
     assert [step for step, tag, _ in seen if tag == "validation_loss"] == [0, 2, 4]
-    assert [(step, kind) for step, tag, kind in seen if tag.startswith("preview")] == [(0, "image"), (2, "image"), (4, "image")]
+    assert [(step, kind) for step, tag, kind in seen if tag.startswith("preview")] == [(0, "images"), (2, "images"), (4, "images")]
 
 
 def test_no_tracker_leaves_no_trace(tiny_run: Path, tmp_path: Path):
