@@ -3,10 +3,8 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from lorabooth.cli import main
 from lorabooth.runs import RunDir
+from tests.test_processes import terminated
 from train.checkpoint import verified
 
 ROOT = Path(__file__).parent.parent
@@ -32,13 +31,7 @@ def test_a_sigterm_to_the_command_reaches_both_and_is_saved(tiny_command: list[s
     long = ["--batch-size", "1", "--steps", "9999", "--checkpoint-every", "9999", "--preview-every", "0", "--launch", TWO, "--out", str(run.path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *tiny_command, *long], stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    end = time.monotonic() + 180
-    while not any("loss" in row for row in run.history()):
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    said = terminated(process, run)
     assert process.returncode == 130 and "run the same command again" in said, said
     [checkpoint] = run.checkpoints.iterdir()
     assert verified(checkpoint)

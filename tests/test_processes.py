@@ -37,6 +37,17 @@ def two_processes(run: RunDir) -> subprocess.Popen[str]:
     return subprocess.Popen([*torchrun, "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def terminated(process: subprocess.Popen[str], run: RunDir) -> str:
+    """Send SIGTERM to a training once it has logged losses; what it said on standard error until it ended."""
+    assert process.stderr is not None
+    end = time.monotonic() + 180
+    while not any("loss" in row for row in run.history()):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=120)[1]
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, tmp_path: Path, accumulation: int):
     settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.0, "gradient_accumulation": accumulation}
@@ -58,13 +69,7 @@ def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, t
 def test_a_sigterm_stops_both_at_one_step_and_saves_it(tiny_run: Path, tmp_path: Path):
     run = untrained(tiny_run, tmp_path / "run", batch_size=1, steps=9999, checkpoint_every=9999)
     process = two_processes(run)
-    assert process.stderr is not None
-    end = time.monotonic() + 180
-    while not any("loss" in row for row in run.history()):
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    terminated(process, run)
     assert process.returncode != 0
     [checkpoint] = run.checkpoints.iterdir()
     record = verified(checkpoint)

@@ -4,10 +4,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from lorabooth.cli import main
 from lorabooth.families.flux1 import tiny
 from lorabooth.lora import LoraFile
 from lorabooth.runs import RunDir
+from tests.test_processes import terminated
 
 # A resolution that is no multiple of 16, and whose preview is 96 px.
 SETTINGS = ("--trigger", "TOK", "--batch-size", "1", "--lora-rank", "1", "--resolution", "104")
@@ -65,13 +64,7 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
         str(run.path),
     ]
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *train], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    end = time.monotonic() + 180
-    while not any("loss" in row for row in run.history()):
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    said = terminated(process, run)
     assert process.returncode == 130, said
     assert "run the same command again" in said and "Traceback" not in said
     [checkpoint] = run.checkpoints.iterdir()
