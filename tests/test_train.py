@@ -119,7 +119,7 @@ def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir, le
     generator.manual_seed(7)
     noise = torch.randn(batch.latents.shape, generator=generator)
     sigmas = LEVELS[levels](len(noise), noise[0, 0].numel() // 4, generator)
-    reference = loss_as_in_diffusers(trainer.raw, batch.latents, noise, sigmas, batch.conditioning, weighting)
+    reference = loss_as_in_diffusers(trainer.transformer, batch.latents, noise, sigmas, batch.conditioning, weighting)
     theirs = torch.autograd.grad(reference, trainer.state.parameters)
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
     assert len(ours) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
@@ -217,7 +217,7 @@ def test_a_preserving_batch_aims_at_the_base_and_leaves_the_weights_alone(run: R
     captions = load_file(run.cache / f"{picked[0].photo}-class.text.safetensors")["embeds"]
     assert torch.equal(preserving.conditioning.embeds[0], captions)
 
-    trainer.raw.eval()  # no dropout, so that a LoRA which has learned nothing is the base
+    trainer.transformer.eval()  # no dropout, so that a LoRA which has learned nothing is the base
     assert fit.loss_of(trainer, preserving, torch.Generator().manual_seed(1)) < 1e-6
     learned = []
     with torch.no_grad():

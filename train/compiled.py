@@ -24,7 +24,7 @@ def wanted(asked: bool | None, plan: MemoryPlan, device: torch.device, steps: in
 
 def compile_blocks(trainer: Trainer) -> None:
     """Compile the blocks and run each shape of picture once, forward and backward; where the compiler fails, go on without it."""
-    blocks, shapes = blocks_of(trainer.raw), list(((trainer.others.by_bucket if trainer.others else {}) | trainer.sampler.by_bucket).values())
+    blocks, shapes = blocks_of(trainer.transformer), list(((trainer.others.by_bucket if trainer.others else {}) | trainer.sampler.by_bucket).values())
     for block in blocks:
         block.compile(dynamic=len(shapes) > 1)
     try:
@@ -32,7 +32,7 @@ def compile_blocks(trainer: Trainer) -> None:
             # The whole batch that training will have: its size is part of the shape.
             picked = (group * trainer.config.batch_size)[: trainer.config.batch_size]
             batch = trainer.cache.batch(picked, trainer.config, random.Random(0))
-            trainer.accelerator.backward(loss_of(trainer, batch, torch.Generator().manual_seed(0)))
+            loss_of(trainer, batch, torch.Generator().manual_seed(0)).backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in ways of their own: none on the machine, a kernel it cannot build

@@ -1,6 +1,5 @@
 """Stage: caches -> LoRA weights. Loads the transformer only (and, for a moment at each preview, the VAE)."""
 
-import gc
 import hashlib
 import math
 import random
@@ -97,9 +96,6 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
     finally:
         del trainer
         accelerator.free_memory()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def finished(run_dir: RunDir) -> bool:
@@ -121,6 +117,8 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         pinned(run_dir, "transformer")
     modulation = place(transformer, plan, device)
     live = attach(run_dir, config, transformer)
+    for p in live:  # those of blocks in host memory, too
+        p.data = p.data.to(device)
     parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]
     for p in live:
         p.data = p.data.to(dtype)
@@ -135,7 +133,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
     others = Sampler(prior, size, config.seed) if prior else None
-    return Trainer(run_dir, config, family, accelerator, accelerator.prepare(transformer), live, state, untrained, sampler, others, Cache(run_dir), modulation)
+    return Trainer(run_dir, config, family, accelerator, transformer, live, state, untrained, sampler, others, Cache(run_dir), modulation)
 
 
 def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -> list[Tensor]:
@@ -161,14 +159,12 @@ def train_step(trainer: Trainer) -> tuple[Tensor, tuple[str, ...]]:
         _look_ahead(trainer, index)
         batch, generator = _batch(trainer, index)
         torch.manual_seed(generator.initial_seed() + accelerator.process_index)  # dropout draws from torch's own
-        # Several processes exchange their gradients once a step, not once a part.
-        with nullcontext() if part == parts - 1 else accelerator.no_sync(trainer.transformer):
-            loss = loss_of(trainer, batch, generator) / parts
-            accelerator.backward(loss)
-        if accelerator.num_processes == 1 or part == parts - 1:
-            trainer.collect_gradients()
+        loss = loss_of(trainer, batch, generator) / parts
+        loss.backward()
+        trainer.collect_gradients()
         losses.append(loss.detach())
         photos += batch.photos
+    trainer.average_gradients()
     torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = optimizers.rate(config) * min(1.0, (state.step + 1) / max(1, config.warmup_steps))

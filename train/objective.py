@@ -41,11 +41,11 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
     ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=dtype)
     conditioning = batch.conditioning.to(device, dtype)
 
-    def predict(transformer: torch.nn.Module) -> Tensor:
-        return trainer.family.velocity(transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
+    def predict() -> Tensor:
+        return trainer.family.velocity(trainer.transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
 
     if not batch.preserve:
-        return batch.weights.to(device) * (predict(trainer.transformer) - flow.velocity(x_0, noise)).square()
-    with with_weights(trainer, trainer.untrained), evaluating(trainer.raw):
-        target = predict(trainer.raw)
-    return (predict(trainer.transformer) - target).square()
+        return batch.weights.to(device) * (predict() - flow.velocity(x_0, noise)).square()
+    with with_weights(trainer, trainer.untrained), evaluating(trainer.transformer):
+        target = predict()
+    return (predict() - target).square()

@@ -17,7 +17,9 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device) -> list[
     """The plan for this device, and lighter ones after it. On a CPU there is nothing to fit: what the recipe asks for, in fp32."""
     shapes = shapes_of(config, family)
     if device.type == "cuda":
-        return choose(shapes, config, measured(), torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE)
+        speed = measured()
+        torch.cuda.empty_cache()  # what the measuring took is free again
+        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
     words = {"auto": count if swapped else 0, "none": 0, "all": count}

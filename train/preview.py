@@ -25,8 +25,7 @@ def preview(trainer: Trainer) -> None:
     if not config.preview_every:
         return
     px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
-    raw = trainer.raw
-    raw.eval()
+    trainer.transformer.eval()
     latents = []
     with with_weights(trainer, trainer.state.ema):
         for i in range(len(config.preview_prompts)):
@@ -34,8 +33,8 @@ def preview(trainer: Trainer) -> None:
             start = sampling.noise(config.preview_seed, px, px)
             sigmas = family.sigmas(PREVIEW_STEPS, start[0, 0].numel() // 4)[:-1]
             with trainer.modulation.sampling(sigmas, PREVIEW_GUIDANCE, conditioning.pooled) if trainer.modulation else nullcontext():
-                latents.append(sampling.denoise(family, raw, conditioning, start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
-    raw.train()
+                latents.append(sampling.denoise(family, trainer.transformer, conditioning, start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
+    trainer.transformer.train()
     run_dir.samples.mkdir(exist_ok=True)
     pictures = _decoded(trainer, torch.cat(latents))
     log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})

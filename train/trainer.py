@@ -42,11 +42,6 @@ class Trainer:
     """Where the plan computes it ahead."""
 
     @property
-    def raw(self) -> torch.nn.Module:
-        """The transformer without accelerate's wrapper."""
-        return self.accelerator.unwrap_model(self.transformer)
-
-    @property
     def mixed(self) -> bool:
         """Whether the live weights are copies."""
         return self.live[0] is not self.state.parameters[0]
@@ -60,6 +55,17 @@ class Trainer:
             p.grad = gradient.float() if p.grad is None else p.grad.add_(gradient)
         for p in self.live:
             p.grad = None
+
+    def average_gradients(self) -> None:
+        """Give every process the mean of all processes' gradients, once a step and in one message. DistributedDataParallel would send the frozen
+        base around first, and wants it whole on each GPU."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.state.parameters]
+        mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        parts = mean.split([gradient.numel() for gradient in gradients])
+        for p, part in zip(self.state.parameters, parts, strict=True):
+            p.grad = part.view_as(p)
 
     @torch.no_grad()
     def show_weights(self) -> None:
