@@ -12,23 +12,35 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from lorabooth.cli import main
 from lorabooth.runs import RunDir
-from tests.test_processes import terminated
+from tests.test_processes import terminated, torchrun
 from train.checkpoint import verified
 
 ROOT = Path(__file__).parent.parent
-TWO = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --master_port 0 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0"
 
 
 def test_the_whole_command_trains_in_two_processes(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = RunDir(tmp_path / "run")
-    assert main([*tiny_command, "--batch-size", "1", "--launch", TWO, "--out", str(run.path)]) == 0
+    assert main([*tiny_command, "--batch-size", "1", "--launch", shlex.join(torchrun()), "--out", str(run.path)]) == 0
     assert run.lora.exists() and [row["step"] for row in run.history() if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_sigterm_to_the_command_reaches_both_and_is_saved(tiny_command: list[str], tmp_path: Path):
     run = RunDir(tmp_path / "run")
-    long = ["--batch-size", "1", "--steps", "9999", "--checkpoint-every", "9999", "--preview-every", "0", "--launch", TWO, "--out", str(run.path)]
+    long = [
+        "--batch-size",
+        "1",
+        "--steps",
+        "9999",
+        "--checkpoint-every",
+        "9999",
+        "--preview-every",
+        "0",
+        "--launch",
+        shlex.join(torchrun()),
+        "--out",
+        str(run.path),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *tiny_command, *long], stderr=subprocess.PIPE, text=True, env=environment)
     said = terminated(process, run)

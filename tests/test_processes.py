@@ -28,13 +28,17 @@ def untrained(tiny_run: Path, folder: Path, **changed: object) -> RunDir:
     return run
 
 
-def two_processes(run: RunDir) -> subprocess.Popen[str]:
+def torchrun() -> list[str]:
+    """The start of a command that runs in two processes, which meet at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+
+def two_processes(run: RunDir) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*torchrun, "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([*torchrun(), "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def terminated(process: subprocess.Popen[str], run: RunDir) -> str:
