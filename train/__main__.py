@@ -1,15 +1,21 @@
-"""`python -m train encode|fit|export RUN`: one stage of a run, in a process of its own."""
+"""`python -m train encode|fit|export RUN`: one stage of a run, in a process of its own. `check` reads a recipe (JSON) and says whether it fits."""
 
 import sys
 from pathlib import Path
 
 from lorabooth.cli import guarded
+from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
 
 
 def main(arguments: list[str]) -> None:
     """Run the stage named by the first argument on the run named by the second."""
+    if arguments == ["check"]:
+        from train import export
+
+        export.check_plan(TrainConfig.model_validate_json(sys.stdin.read()))
+        return
     raw = arguments[:1] == ["export"] and "--raw" in arguments
     words = [word for word in arguments if not (raw and word == "--raw")]
     if len(words) != 2 or words[0] not in ("encode", "fit", "export"):

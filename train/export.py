@@ -2,10 +2,10 @@
 
 import json
 import re
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorabooth import __version__, hub
 from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
-from lorabooth.errors import UserError
+from lorabooth.errors import StageFailed, UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile, LoraSpec, save_lora, since, tensors
 from lorabooth.runs import RunDir
@@ -24,6 +24,8 @@ from train.base import pinned
 from train.fit import checkpoint_of, final_weights, finished
 from train.planning import plans_for
 from train.trackers import check_trackers
+
+CHECK = (sys.executable, "-m", "train", "check")
 
 
 def run(run_dir: RunDir, raw: bool = False) -> Path:
@@ -59,8 +61,9 @@ def check_model(config: TrainConfig) -> None:
     check_trackers(config)
     if torch.cuda.is_available():
         # In a process of its own: one that asks the GPU keeps half a gigabyte of it to its end, and this one lives as long as the run.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            apart.submit(check_plan, config).result()
+        code = subprocess.run(CHECK, input=config.model_dump_json(), text=True, check=False).returncode
+        if code:
+            raise StageFailed("check", code)
 
 
 def check_plan(config: TrainConfig) -> None:
