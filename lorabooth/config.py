@@ -53,6 +53,7 @@ class TrainConfig(BaseModel):
     layers_to_optimize_regex: str = Field(
         "", description="Layers that get a LoRA, as the hosted trainer takes them: every linear in whose name this is found. Wins over targets."
     )
+    train_text_encoder: bool = Field(False, description="Put a LoRA on the CLIP text encoder's attention too, as diffusers' option of this name does.")
     sigma_sampling: SigmaSampling = Field(
         "logit-normal", description="Noise levels of a step: logit-normal, uniform, or shifted (logit-normal, moved to more noise for larger pictures)."
     )
@@ -143,6 +144,8 @@ class TrainConfig(BaseModel):
             raise ValueError("use_dora and lora_init pissa both rewrite what a LoRA starts from; choose one of them")
         if self.blocks_to_swap and self.gradient_checkpointing not in ("auto", "all"):
             raise ValueError("blocks_to_swap needs gradient_checkpointing auto or all: a swapped block's weights are gone when its backward pass wants them")
+        if self.train_text_encoder and self.precompute_modulation:
+            raise ValueError("precompute_modulation needs the pooled prompts ahead, and train_text_encoder changes them at each step; choose one of them")
         return self
 
     @property

@@ -117,15 +117,20 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         pinned(run_dir, "transformer")
     modulation = place(transformer, plan, device)
     live = attach(run_dir, config, transformer)
+    text_encoder = family.clip(device, dtype) if config.train_text_encoder else None
+    live += LoraSpec.of(config).attach_clip(text_encoder, config.seed) if text_encoder else []
+    trained = [transformer, *([text_encoder] if text_encoder else [])]
     for p in live:  # those of blocks in host memory, too
         p.data = p.data.to(device)
     parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]
     for p in live:
         p.data = p.data.to(dtype)
     if not (config.lora_dropout or config.use_dora):
-        shorten(transformer)
+        for module in trained:
+            shorten(module)
     start_plan(transformer, plan, device, random=config.lora_dropout > 0)
-    transformer.train()
+    for module in trained:
+        module.train()
     name = optimizers.chosen(config, device)
     ema, untrained = ([p.detach().clone() for p in parameters] for _ in range(2))
     state = TrainState(0, parameters, ema, optimizers.build(name, parameters, config), name)
@@ -133,7 +138,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
     others = Sampler(prior, size, config.seed) if prior else None
-    return Trainer(run_dir, config, family, accelerator, transformer, live, state, untrained, sampler, others, Cache(run_dir), modulation)
+    return Trainer(run_dir, config, family, accelerator, transformer, live, state, untrained, sampler, others, Cache(run_dir), modulation, text_encoder)
 
 
 def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -> list[Tensor]:

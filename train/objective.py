@@ -33,19 +33,18 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
     Where the batch preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
     """
     device = trainer.accelerator.device
-    dtype = base_dtype(device)
     if trainer.modulation:
         trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, batch.conditioning.pooled)
     x_0, noise, sigma = flow.pack(batch.latents).to(device), flow.pack(noise).to(device), sigma.to(device)
-    x = flow.add_noise(x_0, noise, sigma).to(dtype)
-    ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=dtype)
-    conditioning = batch.conditioning.to(device, dtype)
+    x = flow.add_noise(x_0, noise, sigma).to(base_dtype(device))
+    ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=x.dtype)
 
     def predict() -> Tensor:
+        conditioning = trainer.conditioned(batch.conditioning)
         return trainer.family.velocity(trainer.transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
 
     if not batch.preserve:
         return batch.weights.to(device) * (predict() - flow.velocity(x_0, noise)).square()
-    with with_weights(trainer, trainer.untrained), evaluating(trainer.transformer):
+    with with_weights(trainer, trainer.untrained), evaluating(trainer):
         target = predict()
     return (predict() - target).square()

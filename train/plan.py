@@ -58,7 +58,7 @@ class MemoryPlan:
 @dataclass(frozen=True)
 class Shapes:
     """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, those of the
-    modulation, and of everything else; and the weights that a LoRA would have."""
+    modulation, and of everything else; the weights that a LoRA would have; and those of CLIP where it is trained, too."""
 
     width: int
     double: int
@@ -68,6 +68,7 @@ class Shapes:
     rest: int
     lora: int
     text_tokens: int
+    text_encoder: int = 0
 
     @classmethod
     def of(cls, transformer: nn.Module, spec: LoraSpec, text_tokens: int) -> "Shapes":
@@ -139,6 +140,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     items = {
         "base": (resident + slots) * each + shapes.rest * wide + (0 if plan.precomputed else shapes.modulation * each),
         # Live in the base's precision with gradients; in fp32: master copy, its gradient, averaged weights, the start.
+        "text encoder": shapes.text_encoder * wide,
         "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
@@ -203,7 +205,8 @@ def candidates(shapes: Shapes, config: TrainConfig) -> Iterator[MemoryPlan]:
     counts = {"auto": range(count + 1), "none": (0,), "all": (count,)}
     recomputed = counts.get(config.gradient_checkpointing) or (min(int(config.gradient_checkpointing), count),)
     swapped = range(count + 1) if config.blocks_to_swap is None else (min(config.blocks_to_swap, count),)
-    adapts_modulation = bool(_block(config) is SAVED["all-linear"])
+    # Ahead only where nothing that is trained has a part in it: a LoRA on its linears, or on CLIP.
+    adapts_modulation = _block(config) is SAVED["all-linear"] or config.train_text_encoder
     ahead = (False, True) if config.precompute_modulation is None else (config.precompute_modulation,)
     for precision, k, s, m in product(precisions, recomputed, swapped, ahead):
         if (s and k < count) or (m and adapts_modulation) or (s and precision == "nf4"):

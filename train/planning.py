@@ -1,5 +1,7 @@
 """Which plans fit the machine at hand: the arithmetic of train/plan.py on what is free here."""
 
+from dataclasses import replace
+
 import torch
 
 from lorabooth.config import TrainConfig
@@ -32,4 +34,10 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device) -> list[
 
 def shapes_of(config: TrainConfig, family: Flux1) -> Shapes:
     """The sizes of a recipe's base and LoRA, from its configs alone."""
-    return Shapes.of(family.empty_transformer(), LoraSpec.of(config), family.text_tokens)
+    shapes = Shapes.of(family.empty_transformer(), LoraSpec.of(config), family.text_tokens)
+    if not config.train_text_encoder:
+        return shapes
+    clip = family.empty_clip()
+    weights = sum(p.numel() for p in clip.parameters())
+    adapted = LoraSpec.of(config).attach_clip(clip, config.seed)
+    return replace(shapes, text_encoder=weights, lora=shapes.lora + sum(p.numel() for p in adapted))
