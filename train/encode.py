@@ -160,8 +160,7 @@ def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
     for chunk in tqdm(list(_chunks(missing, TEXT_BATCH)), desc="encode captions", unit="batch"):
         encoded = family.encode_prompts(encoders, [wanted[name] for name in chunk])
         for i, name in enumerate(chunk):
-            row = {"embeds": encoded.embeds[i], "pooled": encoded.pooled[i], "clip_ids": encoded.clip_ids[i]}
-            write_cached(run_dir.cache / text_name(name), row, keys[name])
+            write_cached(run_dir.cache / text_name(name), {field: tensor[i] for field, tensor in vars(encoded).items()}, keys[name])
     del encoders
     _free()
 

@@ -33,6 +33,8 @@ def preview(trainer: Trainer) -> None:
             sigmas = family.sigmas(PREVIEW_STEPS, start[0, 0].numel() // 4)[:-1]
             with trainer.modulation.sampling(sigmas, PREVIEW_GUIDANCE, cached.pooled) if trainer.modulation else nullcontext():
                 latents.append(sampling.denoise(family, trainer.transformer, trainer.conditioned(cached), start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
+    if not trainer.accelerator.is_main_process:  # it was here to put a divided base together
+        return
     run_dir.samples.mkdir(exist_ok=True)
     pictures = _decoded(trainer, torch.cat(latents))
     log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})

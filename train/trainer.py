@@ -20,6 +20,7 @@ from lorabooth.runs import RunDir
 from train.checkpoint import TrainState
 from train.data import Cache, Sampler
 from train.modulation import Modulation
+from train.plan import MemoryPlan
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Trainer:
     config: TrainConfig
     family: Flux1
     accelerator: Accelerator
+    plan: MemoryPlan
     transformer: torch.nn.Module
     live: list[Tensor]
     """The LoRA's weights that the transformer computes with; those of the state, rounded."""
@@ -53,7 +55,10 @@ class Trainer:
     def conditioned(self, cached: Conditioning) -> Conditioning:
         """Cached prompts on the device in the base's precision; where CLIP is trained, with what it makes of them now."""
         found = cached.to(self.accelerator.device, base_dtype(self.accelerator.device))
-        return replace(found, pooled=self.family.pooled(self.text_encoder, found.clip_ids)) if self.text_encoder else found
+        if self.text_encoder is None:
+            return found
+        assert cached.clip_ids is not None, "the cache was written without CLIP's token ids"
+        return replace(found, pooled=self.family.pooled(self.text_encoder, cached.clip_ids))
 
     @property
     def mixed(self) -> bool:
@@ -103,10 +108,11 @@ def with_weights(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
 @contextmanager
 def evaluating(trainer: Trainer) -> Iterator[None]:
     """Without dropout."""
+    before = [module.training for module in trainer.trained]
     for module in trainer.trained:
         module.eval()
     try:
         yield
     finally:
-        for module in trainer.trained:
-            module.train()
+        for module, training in zip(trainer.trained, before, strict=True):
+            module.train(training)

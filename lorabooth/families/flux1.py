@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from lorabooth import flow, hub, mini
+from lorabooth.device import sent
 from lorabooth.errors import UserError
 from lorabooth.swap import BlockSwap
 
@@ -85,15 +86,15 @@ class TextEncoders:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: embeds [B, L, D] from T5, pooled [B, P] from CLIP, and the token ids [B, 77] that CLIP made it from."""
+    """Encoded prompts: embeds [B, L, D] from T5, pooled [B, P] from CLIP, and the token ids [B, 77] that CLIP made it from, for training it."""
 
     embeds: Tensor
     pooled: Tensor
-    clip_ids: Tensor
+    clip_ids: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
         """The same on another device or in another precision."""
-        return Conditioning(self.embeds.to(device, dtype), self.pooled.to(device, dtype), self.clip_ids.to(device))
+        return Conditioning(sent(self.embeds, device).to(dtype), sent(self.pooled, device).to(dtype), self.clip_ids)
 
 
 Part = TypeVar("Part")
@@ -179,7 +180,7 @@ class Flux1:
     @staticmethod
     def pooled(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
         """CLIP's one vector for each prompt, [B, P], of token ids [B, 77]."""
-        vectors: Tensor = text_encoder(ids.to(text_encoder.device)).pooler_output
+        vectors: Tensor = text_encoder(sent(ids, text_encoder.device)).pooler_output
         return vectors
 
     def cut(self, prompt: str) -> str:
