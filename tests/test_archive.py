@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import stat
 import struct
 import time
@@ -257,32 +256,6 @@ def test_file_names_that_are_not_utf8_are_taken(tmp_path: Path, run: Path):
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(picture())
     assert ingest(folder, run).photos[0].original == "caf?.png"
     assert Manifest.load(run).photos[0].original == "caf?.png"
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_mutated_zips_are_read_or_refused_and_nothing_is_written_outside(tmp_path: Path, method: int):
-    files = {"a.png": picture(1), "a.txt": b"[trigger] smiles", "b.jpg": picture(2, kind="JPEG"), "../c.gif": picture(3, kind="GIF")}
-    source = zipped(tmp_path / "photos.zip", files, method)
-    original = source.read_bytes()
-    dice = random.Random(42)
-    taken = 0
-    for number in range(200):
-        data = bytearray(original)
-        # Half of the mutants in the table of contents and the end record, where zipfile believes what it reads.
-        first = data.index(b"PK\x01\x02") if number % 2 else 0
-        for _ in range(dice.randint(1, 4)):
-            data[dice.randrange(first, len(data))] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
-        source.write_bytes(data if number % 5 else data[: dice.randrange(len(data))])
-        run = tmp_path / "run"
-        try:
-            taken += bool(ingest(source, run).photos)
-            for path in [*(run / "photos").iterdir(), run / "manifest.jsonl"]:
-                path.unlink()
-            (run / "photos").rmdir()
-        except UserError:
-            pass
-        assert list(run.iterdir()) == [] and {path.name for path in tmp_path.iterdir()} == {"photos.zip", "run"}
-    assert taken > 10
 
 
 class Unmarked(zipfile.ZipInfo):
