@@ -23,7 +23,7 @@ Way = Literal["option", "terminal", "remembered"]
 STATEMENT = "Everyone who can be recognised in the photos has agreed to their use for this training, or their guardian has."
 QUESTION = (
     "Training on photos of a person needs that person's consent.\n"
-    "Has everyone who can be recognised in your photos agreed, today and whenever you train? The answer is kept, and you will not be asked again."
+    "Has everyone in these photos agreed, and will you ask everyone in later ones? The answer is kept: this is asked once."
 )
 NO_PERSON = "photos of things or drawings need none: add --subject object or --subject style"
 
