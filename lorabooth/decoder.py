@@ -26,7 +26,7 @@ from lorabooth.decoding import Decoded, decode
 from lorabooth.entry import LeftOut, size_text
 
 MEMORY_BYTES_LIMIT = 3 << 30
-"""Addresses the process may have; a picture of 100 megapixels takes 0.2 to 1.7 GiB, by its format."""
+"""Addresses the process may have; a picture of 100 megapixels takes 0.2 to 2.3 GiB, by its format."""
 SECONDS_LIMIT = 120
 """For one photo; the largest take a few seconds."""
 
