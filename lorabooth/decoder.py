@@ -88,7 +88,8 @@ class Decoder:
 
 
 def _started(memory_bytes: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lorabooth.decoder", str(memory_bytes)]
+    # -P: the current folder may be the photos, where a stranger's zip was unpacked; nothing in it is to be imported.
+    command = [sys.executable, "-P", "-m", "lorabooth.decoder", str(memory_bytes)]
     # glibc reserves addresses for each thread of a decoder, which on a large machine would use up the limit.
     environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
     # In a session of its own, so that Ctrl-C is for the command alone.

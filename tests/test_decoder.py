@@ -62,7 +62,8 @@ def test_a_crash_costs_one_photo(number: signal.Signals):
         first = process_of(running)
         os.kill(first, signal.SIGSTOP)  # so that it dies with the photo in its hands
         threading.Timer(0.3, os.kill, (first, number)).start()
-        threading.Timer(0.5, os.kill, (first, signal.SIGCONT)).start()
+        if number != signal.SIGKILL:  # the others wait until it goes on
+            threading.Timer(0.5, os.kill, (first, signal.SIGCONT)).start()
         with pytest.raises(LeftOut, match=f"^cannot be decoded: its decoder ended by {number.name}$"):
             running.decode("b.png", large)
         assert running.decode("c.png", picture()).image.size == (24, 16)
@@ -106,6 +107,14 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_the_photo(monkeypatch: pytes
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with Decoder() as running, pytest.raises(RuntimeError, match="did not start"):
         running.decode("a.png", picture())
+
+
+def test_code_among_the_photos_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("json.py", "struct.py", "PIL.py", "lorabooth.py"):
+        (tmp_path / name).write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    with Decoder() as running:
+        assert running.decode("a.png", picture()).image.size == (24, 16)
 
 
 def test_ctrl_c_in_the_middle_of_an_answer_leaves_no_rest_of_it(monkeypatch: pytest.MonkeyPatch):
