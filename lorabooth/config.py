@@ -17,6 +17,7 @@ Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit"
 LoraInit = Literal["default", "gaussian", "pissa"]
 SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+Subject = Literal["person", "object", "style"]
 Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
@@ -34,6 +35,7 @@ class TrainConfig(BaseModel):
     model: str = Field(
         "black-forest-labs/FLUX.1-dev", description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU)."
     )
+    subject: Subject = Field("person", description="What the photos show: person, object or style. Photos of a person need that person's consent.")
     steps: int = Field(1000, ge=1, le=100_000, description="Optimiser steps.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; linear warm-up, then constant. prodigy takes it as a factor of its own.")
     optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")

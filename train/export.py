@@ -13,7 +13,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorabooth import __version__, hub
+from lorabooth import __version__, consent, hub
 from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
 from lorabooth.errors import StageFailed, UserError
@@ -84,6 +84,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
     """What the file says of itself, by the names other tools read (modelspec.*, ss_*) and our own recipe; no path, no photo."""
     config, family = run_dir.config, load_family(run_dir.config.model)
     base = hub.display_name(config.model)
+    agreed = consent.recorded(run_dir)
     rank = config.lora_rank * (2 if config.lora_init == "pissa" else 1)
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -105,7 +106,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
         "lorabooth.base": base,
         "lorabooth.base_sha256": pinned(run_dir, "transformer"),
         "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
-    }
+    } | ({"lorabooth.consent": agreed.sentence()} if agreed else {})
 
 
 def trained_at(run_dir: RunDir) -> datetime:
