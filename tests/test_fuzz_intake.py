@@ -9,7 +9,8 @@ from lorabooth.decoding import decode
 from lorabooth.errors import UserError
 from lorabooth.photos import ingest
 from scripts import fuzz_intake
-from scripts.fuzz_intake import Outcome, archives, fuzz, mutants, peaks_bytes, pictures
+from scripts.fuzz_intake import Outcome, fuzz, peaks_bytes
+from scripts.fuzz_mutants import archives, mutants, pictures
 
 COUNT, SEED = 400, 1
 
