@@ -21,6 +21,7 @@ from lorabooth.errors import StageFailed, UserError
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train.command:train", "Photos and a trigger word in, a LoRA out."),
+    "check": ("lorabooth.check.command:check", "Which photos are good enough, before an hour is spent."),
     "plan": ("train.plan_command:plan", "Whether and how a training fits a GPU, before anything loads."),
     "generate": ("infer.command:generate", "A prompt and LoRAs in, pictures out."),
     "demo": ("lorabooth.demo:demo", "The whole way on the mini model: no GPU, no account, minutes."),

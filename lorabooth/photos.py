@@ -27,6 +27,7 @@ from lorabooth.runs import publish, write_durable
 
 CAPTION_BYTES_LIMIT = 64 << 10
 FEW_PHOTOS = 4
+SAME_PICTURE = "is the same picture as "
 
 NEEDED = "put 10-50 JPEG, HEIC, PNG or WebP photos in it"
 
@@ -62,16 +63,18 @@ class Manifest:
 
     photos: tuple[Photo, ...]
     notes: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Name of a file and why it is not used, as the end of a sentence about it; each is among the notes too."""
 
     def to_jsonl(self) -> str:
         """A line with the notes, then a line a photo."""
-        return "".join(json.dumps(line) + "\n" for line in ({"notes": self.notes}, *map(asdict, self.photos)))
+        return "".join(json.dumps(line) + "\n" for line in ({"notes": self.notes, "left_out": self.left_out}, *map(asdict, self.photos)))
 
     @classmethod
     def from_jsonl(cls, text: str) -> "Manifest":
         """What `to_jsonl` wrote. Raises ValueError, TypeError or KeyError on anything else."""
         head, *rows = map(json.loads, text.splitlines() or [""])
-        return cls(tuple(Photo(**row) for row in rows), tuple(head["notes"]))
+        return cls(tuple(Photo(**row) for row in rows), tuple(head["notes"]), tuple((name, reason) for name, reason in head.get("left_out", ())))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -175,6 +178,7 @@ class _Intake:
         self.masks: dict[str, tuple[str, Image.Image]] = {}
         """Key -> name of the mask, its picture."""
         self.notes: list[str] = []
+        self.left_out: list[tuple[str, str]] = []
         self.texts = 0
         self.rejects: list[str] = []
         self._stored: dict[str, str] = {}
@@ -193,9 +197,14 @@ class _Intake:
             else:
                 self._add_photo(name, _stem_key(entry.name), data)
         except LeftOut as reason:
-            self.notes.append(f"{name} {reason}: left out")
+            self.leave_out(name, str(reason))
             if not is_text:
                 self.rejects.append(f"{name} {reason}")
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note a file that is not used, and why."""
+        self.left_out.append((name, reason))
+        self.notes.append(f"{name} {reason}: left out")
 
     def _add_photo(self, name: str, key: str, data: bytes) -> None:
         decoded = self.decoder.decode(name, data)
@@ -203,7 +212,7 @@ class _Intake:
         digest = sha256(stored).hexdigest()
         # The same pixels give the same file, whatever format they came in.
         if digest in self._stored:
-            raise LeftOut(f"is the same picture as {self._stored[digest]}")
+            raise LeftOut(SAME_PICTURE + self._stored[digest])
         self._stored[digest] = name
         file = f"{len(self.photos) + 1:05d}.png"
         write_durable(self.folder / file, stored)
@@ -241,15 +250,12 @@ class _Intake:
         """The photos with their captions, and the notes."""
         photos = [replace(self._with_own_mask(photo, key), caption=self.captions.get(key, ("", None))[1]) for photo, key in self.photos]
         users = Counter(key for _, key in self.photos)
-        notes = [*self.notes, *(f"{name} has no photo of its name: left out" for key, (name, _) in self.masks.items() if key not in users)]
-        for key, (name, _) in self.captions.items():
+        for key, (name, _) in [*self.masks.items(), *self.captions.items()]:
             if key not in users:
-                notes.append(f"{name} has no photo of its name: left out")
-            elif users[key] > 1:
-                notes.append(f"{name} is the caption of {users[key]} photos of its name")
-        if len(photos) <= FEW_PHOTOS:
-            notes.append(f"only {_count(len(photos), 'photo')}: likeness will be limited; 10-50 work best")
-        return Manifest(tuple(photos), tuple(notes))
+                self.leave_out(name, "has no photo of its name")
+        shared = [f"{name} is the caption of {users[key]} photos of its name" for key, (name, _) in self.captions.items() if users[key] > 1]
+        few = [few_note(len(photos))] if len(photos) <= FEW_PHOTOS else []
+        return Manifest(tuple(photos), (*self.notes, *shared, *few), tuple(self.left_out))
 
     def _with_own_mask(self, photo: Photo, key: str) -> Photo:
         """The photo with the mask of its name, where there is one and it has the photo's shape."""
@@ -258,9 +264,14 @@ class _Intake:
         name, mask = self.masks[key]
         if not 0.98 < mask.width * photo.height_px / (mask.height * photo.width_px) < 1.02:
             sizes = f"{mask.width} x {mask.height} px, not {photo.width_px} x {photo.height_px}"
-            self.notes.append(f"{name} has another shape than its photo ({sizes}): left out")
+            self.leave_out(name, f"has another shape than its photo ({sizes})")
             return photo
         return self._masked(photo, mask)
+
+
+def few_note(photos: int) -> str:
+    """What is said of a set of FEW_PHOTOS or less."""
+    return f"only {_count(photos, 'photo')}: likeness will be limited; 10-50 work best"
 
 
 def _is_mask(name: str) -> bool:

@@ -210,10 +210,10 @@ def test_personal_metadata_reaches_no_file_of_a_finished_run(tmp_path: Path):
     written = [file for file in run.rglob("*") if file.is_file()]
     assert len(list((run / "photos").iterdir())) == len(files) and (run / "lora.safetensors") in written
     found = {str(file.relative_to(run)) for file in written if MARK.encode() in everything_in(file)}
-    # The manifest alone knows the names that the photos came with. It stays on this machine, so that messages can name a photo.
-    assert found == {"manifest.jsonl"}
-    manifest = (run / "manifest.jsonl").read_text()
-    assert manifest.count(MARK) == manifest.count(f"{MARK}-name") == len(files)
+    # The manifest and the check alone know the names that the photos came with. They stay on this machine, so that messages can name a photo.
+    assert found == {"manifest.jsonl", "check.json", "check.html"}
+    for name in found:
+        assert (text := (run / name).read_text()).count(MARK) == text.count(f"{MARK}-name") >= len(files)
 
 
 def everything_in(file: Path) -> bytes:

@@ -13,6 +13,7 @@ import click
 from tqdm import tqdm
 
 from lorabooth import consent, stages
+from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
 from lorabooth.photos import ingest
@@ -121,6 +122,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
         consent.record(run_dir, agreed)
         for taken_into, source in reversed(sources.items()):  # the run's own manifest last: it says that all is there
             _take_in(source, RunDir(taken_into), run_dir.path)
+        check_new_run(run_dir)
     for stage in stages.STAGES:
         stages.run_stage(stage, run_dir, launch)
     return run_dir
