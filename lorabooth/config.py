@@ -14,6 +14,8 @@ from lorabooth.errors import UserError
 
 Target = Literal["attention", "attention+ff", "all-linear"]
 Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit", "lion", "prodigy", "adagrad", "adafactor"]
+CaptionStyle = Literal["person", "object", "style"]
+CaptionPrecision = Literal["auto", "bf16", "nf4"]
 LoraInit = Literal["default", "gaussian", "pissa"]
 SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
@@ -61,6 +63,18 @@ class TrainConfig(BaseModel):
     autocaption: bool = Field(True, description="Write captions for the photos that have none; otherwise those train on the trigger word alone.")
     autocaption_prefix: str = Field("", description="Text put before every generated caption.")
     autocaption_suffix: str = Field("", description="Text put after every generated caption.")
+    caption_model: str = Field(
+        "auto",
+        description="What writes captions: auto, template (one sentence for all photos), or a LLaVA or Qwen-VL (hub repository or local folder). "
+        "auto is LLaVA 1.5 on a GPU, template elsewhere and for mini.",
+    )
+    caption_style: CaptionStyle = Field(
+        "person",
+        description="What is trained, and so left out of generated captions: person (they say pose, clothes, expression, place, light), object or style.",
+    )
+    caption_precision: CaptionPrecision = Field(
+        "auto", description="Precision of the model that writes captions: auto, bf16 or nf4 (4 bits). auto is bf16 where it fits."
+    )
     preservation_rate: float = Field(
         0.0, ge=0, lt=1, description="Share of batches that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone."
     )
@@ -97,7 +111,9 @@ class TrainConfig(BaseModel):
     def _one_line(cls, value: str) -> str:
         if not value.strip() or not value.isprintable():
             raise ValueError("must be visible text on one line, such as TOK")
-        return value.strip()
+        if "[trigger]" in value:
+            raise ValueError("must be a word of your own, such as TOK: [trigger] is what stands for it in prompts and captions")
+        return " ".join(value.split())
 
     @model_validator(mode="before")
     @classmethod
