@@ -44,7 +44,8 @@ def captioners(config: TrainConfig) -> list[Captioner]:
     wanted = config.caption_model
     if wanted == "template" or (wanted == "auto" and (config.model == "mini" or not _has_gpu())):
         return [template]
-    if wanted != "auto" and not Path(wanted).expanduser().is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted):
+    local = wanted and Path(wanted).expanduser().is_dir()
+    if wanted != "auto" and not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted):
         raise UserError(f"unknown caption_model {wanted!r}", hint=f"give auto, template, a hub repository such as {LLAVA}, or a local folder")
     from captioning.vision import VisionCaptioner  # imports torch and transformers
 

@@ -206,7 +206,7 @@ def test_bad_output_still_makes_captions_that_keep_every_rule(tmp_path: Path):
         "",
         "no trigger",
         "word " * 3000,
-        "A sentence of some words. " * 600,
+        "He wears a blue hoodie. " * 600,
         "一个男人站在海滩上。",
         "USER: <image> ASSISTANT:",
         "\ud800\x00\n\n",
@@ -218,6 +218,6 @@ def test_bad_output_still_makes_captions_that_keep_every_rule(tmp_path: Path):
     template = "a photo of TOK, a person indoors"
     assert [written[i] for i in (0, 4, 5, 6)] == [template] * 4
     assert written[1] == "a photo of TOK no trigger indoors" and written[7] == "a photo of TOK. TOK TOK TOK indoors"
-    assert written[3].endswith("words. indoors") and 3 < written[3].count("A sentence of some words.") < 9
+    assert written[3].endswith("hoodie. indoors") and 1 < written[3].count("He wears a blue hoodie.") < 9
     assert all(has_trigger(text, "TOK") and text.endswith("indoors") and "\n" not in text and MINI.cut(text) == "" for text in written)
     assert notes == ["scripted found no words for 4 of 8 photos: the template stands in"]

@@ -18,7 +18,6 @@ from lorabooth.photos import Manifest, Photo, ingest
 from lorabooth.runs import RunDir
 from train import encode
 
-
 TEMPLATE_NOTE = "the template, 'a photo of TOK, a person': it does not say what is in the photo; write your own, or give --caption-model"
 
 
@@ -104,7 +103,7 @@ def test_what_is_written_into_a_caption_by_hand_trains_with_the_trigger_too(tmp_
     file.write_text("a man\nin a hat")
     assert encode.training_text(RunDir(tmp_path), load_family("mini"), "00001") == "TOK, a man in a hat"
     file.write_bytes("Café".encode("latin-1"))
-    with pytest.raises(UserError, match="00001.txt is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"00001\.txt is not UTF-8 text"):
         encode.training_text(RunDir(tmp_path), load_family("mini"), "00001")
 
 
