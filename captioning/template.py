@@ -4,13 +4,15 @@ from pathlib import Path
 
 
 class TemplateCaptioner:
-    """Says what is in the picture by one word. Enough where all photos show one subject; backgrounds are then learned with it."""
+    """Says what is in the picture by one phrase. Enough where all photos show one subject; backgrounds are then learned with it."""
 
-    name = "template"
+    name = "the template"
+    key = ""
+    opening = ""
 
-    def __init__(self, class_word: str = "person"):
-        self.class_word = class_word
+    def __init__(self, text: str = "a photo of [trigger], a person"):
+        self.text = text
 
     def caption(self, images: list[Path]) -> list[str]:
         """One caption for each image file; the files are not opened."""
-        return [f"a photo of [trigger], a {self.class_word}"] * len(images)
+        return [self.text] * len(images)

@@ -14,6 +14,7 @@ from lorabooth.errors import UserError
 
 Target = Literal["attention", "attention+ff", "all-linear"]
 Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit", "lion", "prodigy", "adagrad", "adafactor"]
+CaptionPrecision = Literal["auto", "bf16", "nf4"]
 LoraInit = Literal["default", "gaussian", "pissa"]
 SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
@@ -35,7 +36,10 @@ class TrainConfig(BaseModel):
     model: str = Field(
         "black-forest-labs/FLUX.1-dev", description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU)."
     )
-    subject: Subject = Field("person", description="What the photos show: person, object or style. Photos of a person need that person's consent.")
+    subject: Subject = Field(
+        "person",
+        description="What the photos show: person, object or style. Generated captions leave it out, and photos of a person need that person's consent.",
+    )
     steps: int = Field(1000, ge=1, le=100_000, description="Optimiser steps.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; linear warm-up, then constant. prodigy takes it as a factor of its own.")
     optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")
@@ -64,6 +68,14 @@ class TrainConfig(BaseModel):
     autocaption: bool = Field(True, description="Write captions for the photos that have none; otherwise those train on the trigger word alone.")
     autocaption_prefix: str = Field("", description="Text put before every generated caption.")
     autocaption_suffix: str = Field("", description="Text put after every generated caption.")
+    caption_model: str = Field(
+        "auto",
+        description="What writes captions: auto, template (one sentence for all photos), or a LLaVA or Qwen-VL (hub repository or local folder). "
+        "auto is LLaVA 1.5 on a GPU, template elsewhere and for mini.",
+    )
+    caption_precision: CaptionPrecision = Field(
+        "auto", description="Precision of the model that writes captions: auto, bf16 or nf4 (4 bits). auto is bf16 where it fits."
+    )
     preservation_rate: float = Field(
         0.0, ge=0, lt=1, description="Share of batches that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone."
     )
@@ -100,7 +112,9 @@ class TrainConfig(BaseModel):
     def _one_line(cls, value: str) -> str:
         if not value.strip() or not value.isprintable():
             raise ValueError("must be visible text on one line, such as TOK")
-        return value.strip()
+        if "[trigger]" in value:
+            raise ValueError("must be a word of your own, such as TOK: [trigger] is what stands for it in prompts and captions")
+        return " ".join(value.split())
 
     @model_validator(mode="before")
     @classmethod

@@ -47,7 +47,7 @@ class Photo:
     sha256: str
     """Hex digest of the stored file."""
     caption: str | None
-    """The text that came with it, or None."""
+    """The text that came with it, byte for byte (a byte order mark too), or None."""
     mask_sha256: str | None = None
     """Hex digest of its mask, which lies beside it as 00001.mask.png; None where all of it is trained on."""
 
@@ -293,9 +293,9 @@ def _caption(data: bytes) -> str:
     if len(data) > CAPTION_BYTES_LIMIT:
         raise LeftOut(f"is over {CAPTION_BYTES_LIMIT >> 10} KiB, too long for a caption")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise LeftOut("is not UTF-8 text") from None
-    if not text.strip():
+    if not text.strip("\ufeff").strip():
         raise LeftOut("is an empty caption")
     return text

@@ -3,21 +3,29 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from captioning.caption import enforce, run
-from captioning.template import TemplateCaptioner
+from captioning.caption import run
+from lorabooth.captions import enforce
+from lorabooth.config import load_config
 from lorabooth.errors import UserError
-from lorabooth.photos import Manifest, Photo
+from lorabooth.families import load_family
+from lorabooth.photos import Manifest, Photo, ingest
+from lorabooth.runs import RunDir
+from train import encode
+
+TEMPLATE_NOTE = "the template, 'a photo of TOK, a person': it does not say what is in the photo; write your own, or give --caption-model"
 
 
-def make_run(folder: Path, captions: list[str | None], **config: str) -> Path:
-    """A run with these supplied captions; the template needs no picture files."""
+def make_run(folder: Path, captions: list[str | None], **config: object) -> Path:
+    """A run with these supplied captions; the template needs no picture files. The model is one without a GPU's captioner."""
     photos = [Photo(f"{i:05d}.png", f"{i}.png", 64, 64, "0" * 64, caption) for i, caption in enumerate(captions, 1)]
     (folder / "manifest.jsonl").write_text(Manifest(tuple(photos), ()).to_jsonl())
-    (folder / "config.json").write_text(json.dumps({"trigger_word": "TOK"} | config))
+    (folder / "config.json").write_text(json.dumps({"trigger_word": "TOK", "model": "mini"} | config))
     return folder
 
 
@@ -58,7 +66,8 @@ def test_any_trigger_is_taken_literally(trigger: str):
 
 def test_photos_without_a_caption_get_the_template_with_prefix_and_suffix(tmp_path: Path):
     make_run(tmp_path, [None, None], autocaption_prefix="best:", autocaption_suffix="indoors")
-    assert run(tmp_path) == []
+    [note] = run(tmp_path)
+    assert note.startswith("2 captions are the template, 'best: a photo of TOK, a person indoors': it does not say what is in the photo")
     assert captions(tmp_path) == ["best: a photo of TOK, a person indoors"] * 2
     assert sorted(path.name for path in (tmp_path / "captions").iterdir()) == ["00001.txt", "00002.txt"]
 
@@ -69,32 +78,73 @@ def test_without_autocaption_the_trigger_is_the_caption(tmp_path: Path):
     assert captions(tmp_path) == ["TOK", "TOK by the sea"]
 
 
-def test_the_class_word_is_a_choice(tmp_path: Path):
-    run(make_run(tmp_path, [None]), TemplateCaptioner("cat"))
-    assert captions(tmp_path) == ["a photo of TOK, a cat"]
+@pytest.mark.parametrize(
+    ("style", "phrase", "expected"),
+    [("person", "a man", "a photo of TOK, a man"), ("object", "a cat", "a photo of TOK, a cat"), ("style", "a person", "a picture in the style of TOK")],
+)
+def test_the_template_says_the_class_phrase_but_for_a_style(tmp_path: Path, style: str, phrase: str, expected: str):
+    run(make_run(tmp_path, [None], subject=style, class_phrase=phrase))
+    assert captions(tmp_path) == [expected]
 
 
-def test_supplied_captions_are_kept_and_get_the_trigger_if_they_lack_it(tmp_path: Path):
-    make_run(tmp_path, ["  [trigger] by\n the sea \n", "a man", "TOKYO", None], autocaption_prefix="P", autocaption_suffix="S")
-    assert run(tmp_path) == ["TOK was put before 2 of 3 supplied captions, which lacked it"]
-    assert captions(tmp_path) == ["TOK by\n the sea", "TOK, a man", "TOK, TOKYO", "P a photo of TOK, a person S"]
+def test_supplied_captions_are_kept_byte_for_byte_and_train_with_the_trigger(tmp_path: Path):
+    supplied = ["  [trigger] by\r\n the sea \n", "\ufeffa man", "TOKYO", "TOK\u2028 smiles", "海"]
+    make_run(tmp_path, [*supplied, None], autocaption_prefix="P", autocaption_suffix="S")
+    assert run(tmp_path)[0] == "3 of 5 supplied captions lack TOK: training puts it before them, the files stay as they are"
+    written = [path.read_bytes().decode() for path in sorted((tmp_path / "captions").iterdir())]
+    assert written == [*supplied, "P a photo of TOK, a person S"]
+    trained = [encode.training_text(RunDir(tmp_path), load_family("mini"), f"{i:05d}") for i in range(1, 7)]
+    assert trained == ["TOK by the sea", "TOK, a man", "TOK, TOKYO", "TOK smiles", "TOK, 海", "P a photo of TOK, a person S"]
+
+
+def test_what_is_written_into_a_caption_by_hand_trains_with_the_trigger_too(tmp_path: Path):
+    run(make_run(tmp_path, [None]))
+    file = tmp_path / "captions/00001.txt"
+    file.write_text("a man\nin a hat")
+    assert encode.training_text(RunDir(tmp_path), load_family("mini"), "00001") == "TOK, a man in a hat"
+    file.write_bytes("Café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"00001\.txt is not UTF-8 text"):
+        encode.training_text(RunDir(tmp_path), load_family("mini"), "00001")
+
+
+def test_a_supplied_caption_that_t5_would_cut_before_the_trigger_keeps_it(tmp_path: Path):
+    family = load_family("mini")
+    make_run(tmp_path, ["a man in a blue shirt. " * 20 + "This is TOK."])
+    run(tmp_path)
+    text = encode.training_text(RunDir(tmp_path), family, "00001")
+    assert text.startswith("TOK, a man in a blue shirt. a man") and text.endswith("shirt.") and family.cut(text) == ""
+
+
+def test_captions_of_a_zip_are_kept_to_the_byte(tmp_path: Path):
+    supplied = {"a": b"\xef\xbb\xbfTOK  smiles\r\n", "b": "Ünïcode, 雪 \t".encode()}
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for i, (name, text) in enumerate(supplied.items()):
+            Image.new("RGB", (32, 32), (i * 90, 0, 0)).save(tmp_path / f"{name}.png")
+            archive.write(tmp_path / f"{name}.png", f"{name}.png")
+            archive.writestr(f"{name}.txt", text)
+    folder = tmp_path / "run"
+    RunDir.create(folder, load_config(None, {"trigger_word": "TOK", "model": "mini"}))
+    ingest(tmp_path / "photos.zip", folder)
+    run(folder)
+    assert [file.read_bytes() for file in sorted((folder / "captions").iterdir())] == list(supplied.values())
 
 
 def test_only_what_is_missing_is_written(tmp_path: Path):
     make_run(tmp_path, [None, "TOK", None])
-    run(tmp_path)
+    assert run(tmp_path) == [f"2 captions are {TEMPLATE_NOTE}"]
     (tmp_path / "captions/00001.txt").write_text("by hand")
     (tmp_path / "captions/00003.txt").unlink()
-    run(tmp_path)
+    assert run(tmp_path) == [f"1 caption is {TEMPLATE_NOTE}"]
+    assert run(tmp_path) == []
     assert captions(tmp_path) == ["by hand", "TOK", "a photo of TOK, a person"]
 
 
 def test_a_captioner_is_given_the_pictures_in_order_and_must_answer_for_each(tmp_path: Path):
     class Numbered:
-        name = "numbered"
+        name, opening, key = "numbered", "", ""
 
         def caption(self, images: list[Path]) -> list[str]:
-            return [image.name for image in images]
+            return [f"photo {image.name}" for image in images]
 
     class Silent(Numbered):
         def caption(self, images: list[Path]) -> list[str]:
@@ -104,7 +154,7 @@ def test_a_captioner_is_given_the_pictures_in_order_and_must_answer_for_each(tmp
     with pytest.raises(ValueError):
         run(tmp_path, Silent())
     run(tmp_path, Numbered())
-    assert captions(tmp_path) == [f"TOK, {i:05d}.png" for i in range(1, 21)]
+    assert captions(tmp_path) == [f"TOK, photo {i:05d}.png" for i in range(1, 21)]
 
 
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path):
@@ -116,9 +166,9 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path):
 
 
 def test_the_command_prints_notes_and_needs_no_torch(tmp_path: Path):
-    make_run(tmp_path, ["a man"])
+    make_run(tmp_path, ["a man"], model="black-forest-labs/FLUX.1-dev")
     code = "import sys; from captioning.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "note: TOK was put before 1 of 1 supplied captions, which lacked it\n")
+    assert (done.returncode, done.stderr) == (0, "note: 1 of 1 supplied captions lack TOK: training puts it before them, the files stay as they are\n")
     done = subprocess.run([sys.executable, "-m", "captioning"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "usage: python -m captioning RUN" in done.stderr

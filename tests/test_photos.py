@@ -204,7 +204,7 @@ def test_captions_belong_to_the_photo_of_their_folder_and_name_in_any_case(tmp_p
     a, b, c = (encoded(Image.new("RGB", (16, 16), colour)) for colour in ("red", "lime", "blue"))
     files = {"x/A.PNG": a, "x/a.Txt": b"\xef\xbb\xbfin x\n", "y/a.png": b, "z/e\u0301.png": c, "z/\u00e9.txt": b"accent"}
     manifest, _ = ingested(tmp_path, files)
-    assert {photo.original: photo.caption for photo in manifest.photos} == {"x/A.PNG": "in x\n", "y/a.png": None, "z/e\u0301.png": "accent"}
+    assert {photo.original: photo.caption for photo in manifest.photos} == {"x/A.PNG": "\ufeffin x\n", "y/a.png": None, "z/e\u0301.png": "accent"}
 
 
 def test_captions_that_cannot_be_used_are_noted(tmp_path: Path):

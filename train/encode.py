@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from lorabooth.captions import enforce, one_line, surely_short
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
@@ -53,14 +54,14 @@ def run(run_dir: RunDir) -> None:
         _encode_texts(run_dir, family, manifest)
 
 
-def texts(run_dir: RunDir, manifest: Manifest) -> dict[str, str]:
+def texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> dict[str, str]:
     """Every text a run needs encoded, by its stem in the cache: captions (with the class phrase, too), bare trigger, empty prompt, previews."""
     config = run_dir.config
-    named = {stem(photo): _caption(run_dir, stem(photo)) for photo in manifest.photos}
+    named = {stem(photo): training_text(run_dir, family, stem(photo)) for photo in manifest.photos}
     if config.preservation_rate:
         named |= {name + CLASS_SUFFIX: of_class(text, config.trigger_word, config.class_phrase) for name, text in named.items()}
     if config.prior_rate:
-        named |= {name: photo.caption or f"a photo of {config.class_phrase}" for name, photo in class_photos(run_dir).items()}
+        named |= {name: one_line(photo.caption or f"a photo of {config.class_phrase}") for name, photo in class_photos(run_dir).items()}
     named |= {TRIGGER_ONLY: config.trigger_word, EMPTY: ""}
     return named | {preview_stem(i): p.replace("[trigger]", config.trigger_word) for i, p in enumerate(config.preview_prompts)}
 
@@ -76,11 +77,16 @@ def preview_stem(index: int) -> str:
     return f"preview-{index}"
 
 
-def _caption(run_dir: RunDir, name: str) -> str:
+def training_text(run_dir: RunDir, family: Flux1, name: str) -> str:
+    """What a photo trains on: its caption file, which stays as it is, on one line, with the trigger in it and no longer than T5 sees."""
     file = run_dir.captions / f"{name}.txt"
     if not file.exists():
         raise UserError(f"photo {name} has no caption in {run_dir.captions}", hint=f"make captions with: python -m captioning {run_dir.path}")
-    return file.read_text(encoding="utf-8")
+    try:
+        caption = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"the caption {file} is not UTF-8 text", hint="save it as UTF-8, or delete it to have it made again") from None
+    return enforce(caption, run_dir.config.trigger_word, fits=lambda text: surely_short(text, family.text_tokens) or family.sees_all_of(text))
 
 
 def _encode_pictures(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
@@ -148,7 +154,7 @@ def _fitted(file: Path, mode: str, item: Item) -> NDArray[np.float32]:
 
 
 def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
-    wanted = texts(run_dir, manifest)
+    wanted = texts(run_dir, family, manifest)
     keys = {name: f"{family.model} with ids {hashlib.sha256(text.encode()).hexdigest()}" for name, text in wanted.items()}
     missing = [name for name, key in keys.items() if cached_key(run_dir.cache / text_name(name)) != key]
     if not missing:

@@ -185,9 +185,17 @@ class Flux1:
 
     def cut(self, prompt: str) -> str:
         """The end of a prompt that does not fit T5's length and will not be seen; empty where all fits."""
-        tokenizer = self._load(T5Tokenizer, "tokenizer_2")
+        tokenizer = self._t5_tokenizer
         ids, length = tokenizer(prompt).input_ids, t5_length(tokenizer)
         return str(tokenizer.decode(ids[length - 1 : -1])) if len(ids) > length else ""
+
+    def sees_all_of(self, prompt: str) -> bool:
+        """Whether a prompt fits T5's length."""
+        return len(self._t5_tokenizer(prompt).input_ids) <= t5_length(self._t5_tokenizer)
+
+    @cached_property
+    def _t5_tokenizer(self) -> T5Tokenizer:
+        return self._load(T5Tokenizer, "tokenizer_2")
 
     @torch.no_grad()
     def encode_pictures(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
