@@ -41,8 +41,8 @@ def enforce(text: str, trigger: str, prefix: str = "", suffix: str = "", fits: F
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, doubled spaces or a byte order mark."""
-    return " ".join(text.removeprefix("\ufeff").split())
+    """The text without line breaks, doubled spaces and byte order marks, which editors leave at a file's start and joins put anywhere."""
+    return " ".join(text.replace("\ufeff", " ").split())
 
 
 def has_trigger(text: str, trigger: str) -> bool:

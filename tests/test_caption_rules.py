@@ -45,12 +45,13 @@ def test_a_caption_is_one_line_with_the_trigger_between_prefix_and_suffix(text: 
     caption = enforce(text, trigger, prefix, suffix)
     assert has_trigger(caption, trigger)
     assert caption == " ".join(caption.split())
-    before, after = (" ".join(part.replace("[trigger]", trigger).removeprefix("\ufeff").split()) for part in (prefix, suffix))
+    before, after = (" ".join(part.replace("[trigger]", trigger).replace("\ufeff", " ").split()) for part in (prefix, suffix))
     assert caption.startswith(before) and caption.endswith(after)
 
 
 @QUICK
 @given(TEXTS, TRIGGERS)
+@example("\n \ufeff TOK", "TOK")
 def test_enforcing_twice_changes_nothing(text: str, trigger: str):
     once = enforce(text, trigger)
     assert enforce(once, trigger) == once
