@@ -84,4 +84,4 @@ def surely_short(text: str, tokens: int) -> bool:
     makes of the text (NFKC), a word may have a mark for itself, and the end has one.
     """
     normal = unicodedata.normalize("NFKC", text)
-    return len(normal) + len(normal.split()) + 1 <= tokens
+    return len(normal) + len(normal.split(" ")) + 1 <= tokens

@@ -170,5 +170,8 @@ def test_the_command_prints_notes_and_needs_no_torch(tmp_path: Path):
     code = "import sys; from captioning.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "note: 1 of 1 supplied captions lack TOK: training puts it before them, the files stay as they are\n")
+    (tmp_path / "mini").mkdir()
+    done = subprocess.run([sys.executable, "-c", code, str(make_run(tmp_path / "mini", [None]))], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, f"note: 1 caption is {TEMPLATE_NOTE}\n")
     done = subprocess.run([sys.executable, "-m", "captioning"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "usage: python -m captioning RUN" in done.stderr
