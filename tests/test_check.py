@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,21 @@ def test_without_a_face_in_any_photo_one_line_says_so(zipped: Callable[[Files], 
     drawings = {f"{i}.png": encoded(faulty_photos.Scene(i, f"#{i * 21:02x}{250 - i * 19:02x}80", "#ffffff", None).image()) for i in range(1, 11)}
     codes = [finding.code for finding in report_on(zipped(drawings)).findings]
     assert "no_face" not in codes and codes.count("no_faces") == (faces.detector() is not None)
+
+
+def test_of_a_thing_faces_do_not_matter(zipped: Callable[[Files], Path]):
+    content = faulty_photos.set_fault("same_framing") | {"empty.png": encoded(faulty_photos.Scene(3, "#4aa3c7", "#f3e2b0", None).image())}
+    about_faces = {"no_face", "no_faces", "several_faces", "small_face", "same_framing"}
+    for subject, expected in (("person", faces.detector() is not None), ("object", False)):
+        codes = {finding.code for finding in report_on(zipped(content), replace(PURPOSE, subject=subject)).findings}
+        assert bool(codes & about_faces) == expected
+
+
+def test_a_caption_of_a_run_that_is_not_text_is_no_traceback(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run / "captions" / "00001.txt").write_bytes(b"\xff\xfe TOK")
+    assert main(["check", str(run)]) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_without_the_detector_all_else_works_and_says_how_to_get_it(good: Files, zipped: Callable[[Files], Path], monkeypatch: pytest.MonkeyPatch):

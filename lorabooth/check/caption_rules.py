@@ -4,11 +4,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from lorabooth.captions import PLACEHOLDER, has_trigger, one_line
 from lorabooth.check import limits
 from lorabooth.check.findings import Finding
 from lorabooth.check.photo_rules import Checked
 
-PLACEHOLDER = "[trigger]"
 PLAIN = """
 a an the of in on at by to with and or as from for into over under near is are was be being this that these those there it its their his her he she they
 one some other while wearing photo photograph picture image portrait shot headshot selfie closeup close up view background
@@ -21,7 +21,7 @@ def caption_findings(photos: Sequence[Checked], trigger_word: str | None, class_
     """What is wrong with the captions there are. Without a trigger word, only [trigger] in them is known."""
     captioned = [(checked, checked.caption) for checked in photos if checked.caption]
     for checked, caption in captioned:
-        if trigger_word and not re.search(rf"(?<!\w){re.escape(trigger_word)}(?!\w)", caption.replace(PLACEHOLDER, trigger_word)):
+        if trigger_word and not has_trigger(caption, trigger_word):
             yield checked.finding("no_trigger", f"{trigger_word} does not stand in “{_short(caption)}”")
     yield from _repeated(captioned)
     yield from _fused([caption for _, caption in captioned], trigger_word or "", class_phrase)
@@ -53,5 +53,5 @@ def _words(text: str) -> list[str]:
 
 def _short(caption: str) -> str:
     """A caption in a message: one line, 60 characters."""
-    line = " ".join(caption.split())
+    line = one_line(caption)
     return line if len(line) <= 60 else line[:59] + "…"

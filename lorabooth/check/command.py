@@ -21,6 +21,7 @@ NOT_YET_CODE = 1
 @click.argument("photos", type=click.Path(path_type=Path))
 @click.option("--trigger-word", "--trigger", help="Word that the captions must contain. [default: captions are not searched for it; a run's own]")
 @click.option("--resolution", help="Training sizes in px by commas. [default: 512,768,1024; a run's own]")
+@click.option("--subject", help="What they show: person, object or style; faces matter for a person. [default: person; a run's own]")
 @click.option("--class-phrase", help="What the photos are of, such as a man or a dog: its words may stand in every caption. [default: a person; a run's own]")
 @click.option(
     "--html", "page", type=click.Path(path_type=Path), help="Write a contact sheet to this file: one page with all photos and findings. [default: none]"
@@ -33,6 +34,7 @@ def check(
     photos: Path,
     trigger_word: str | None,
     resolution: str | None,
+    subject: str | None,
     class_phrase: str | None,
     page: Path | None,
     out: Path | None,
@@ -53,7 +55,7 @@ def check(
     if out:
         fix.check_out(out, photos)
     with _opened(photos) as folder:
-        report = check_folder(folder, _purpose(folder, trigger_word, resolution, class_phrase), photo_bar)
+        report = check_folder(folder, _purpose(folder, trigger_word=trigger_word, resolution=resolution, subject=subject, class_phrase=class_phrase), photo_bar)
         kept = fix.write_copy(folder, report, out) if out else 0
     if page:
         sheet.write_sheet(report, page, photos.resolve().name)
@@ -90,14 +92,13 @@ def _opened(photos: Path) -> Iterator[Path]:
             yield folder
 
 
-def _purpose(folder: Path, trigger_word: str | None, resolution: str | None, class_phrase: str | None) -> Purpose:
+def _purpose(folder: Path, **values: str | None) -> Purpose:
     """What is given here; the rest from the run's recipe, or the defaults of one."""
-    given = {name: value for name, value in {"trigger_word": trigger_word, "resolution": resolution, "class_phrase": class_phrase}.items() if value is not None}
-    if (folder / "config.json").is_file():
-        config = load_config(None, RunDir.open(folder).config.recipe() | given)
-        return Purpose(config.resolutions_px, config.trigger_word, config.class_phrase)
-    config = load_config(None, {"trigger_word": "TOK"} | given)
-    return Purpose(config.resolutions_px, config.trigger_word if trigger_word else None, config.class_phrase)
+    given = {name: value for name, value in values.items() if value is not None}
+    of_run = (folder / "config.json").is_file()
+    config = load_config(None, (RunDir.open(folder).config.recipe() if of_run else {"trigger_word": "TOK"}) | given)
+    trigger_word = config.trigger_word if of_run or "trigger_word" in given else None
+    return Purpose(config.resolutions_px, trigger_word, config.class_phrase, config.subject)
 
 
 def photo_bar(photos: Sequence[Photo]) -> Iterable[Photo]:

@@ -35,15 +35,16 @@ def _alike(one: Measures, other: Measures) -> bool:
     return int((one.hash != other.hash).sum()) <= limits.HASH_BITS and float(np.abs(one.colours - other.colours).mean()) <= limits.HASH_COLOUR
 
 
-def set_findings(photos: Sequence[Checked]) -> Iterator[Finding]:
-    """What the set lacks."""
+def set_findings(photos: Sequence[Checked], of_person: bool) -> Iterator[Finding]:
+    """What the set lacks. of_person: whether it is meant to be of a person, and faces matter."""
     if len(photos) < limits.ENOUGH:
         yield Finding("few_photos", f"{len(photos)} of the {limits.ENOUGH} photos that work well")
     with_face = sum(bool(checked.measures.faces) for checked in photos)
-    if photos[0].measures.faces is not None and not of_people(photos):
+    if of_person and photos[0].measures.faces is not None and not of_people(photos):
         yield Finding("no_faces", f"a face was found in {with_face} of {len(photos)} photos")
     if len(photos) >= limits.SET_PHOTOS:
-        yield from _framing(photos)
+        if of_person:
+            yield from _framing(photos)
         yield from _background(photos)
         spread = float(np.std([checked.measures.light for checked in photos]))
         if spread < limits.LIGHT_SPREAD:
