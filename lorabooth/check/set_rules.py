@@ -67,7 +67,13 @@ def _framing(photos: Sequence[Checked]) -> Iterator[Finding]:
 
 
 def _background(photos: Sequence[Checked]) -> Iterator[Finding]:
-    """The largest group whose backgrounds are like that of one photo: not chains of likeness, which reach from any room to any other."""
+    """The largest group whose backgrounds are like that of one photo: not chains of likeness, which reach from any room to any other.
+
+    What is behind a mask is not trained on, so photos with one do not count.
+    """
+    photos = [checked for checked in photos if checked.photo.mask_sha256 is None]
+    if len(photos) < limits.SET_PHOTOS:
+        return
     histograms = np.stack([checked.measures.background for checked in photos])
     groups = [np.flatnonzero(np.minimum(histograms, one).sum(axis=1) >= limits.BACKGROUND_OVERLAP).tolist() for one in histograms]
     group = max(groups, key=len)
