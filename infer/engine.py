@@ -7,11 +7,15 @@ works, unless the model is small; so a bf16 FLUX.1-dev needs the memory of its t
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.lora_base import set_adapters_for_text_encoder
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from infer.loras import LoraChoice
 from infer.request import Request
@@ -43,12 +47,12 @@ class Engine:
         self.dtype = base_dtype(self.device)
         self._transformer: FluxTransformer2DModel | None = None
         self._vae: AutoencoderKL | None = None
-        self._prompts: dict[str, Conditioning] = {}
+        self._prompts: dict[tuple[str, tuple[tuple[str, float], ...]], Conditioning] = {}
         self._applied: tuple[LoraChoice, ...] = ()
 
     def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None) -> Iterator[Output]:
         """The pictures of a request, one at a time; a picture depends on the request and its seed, not on what ran before."""
-        conditioning = self._encode(request.prompt)
+        conditioning = self._encode(request.prompt, loras)
         self._with_loras(loras)  # what is wrong with them is said before the work begins
         total = request.num_outputs * request.num_inference_steps
         for i in range(request.num_outputs):
@@ -64,15 +68,22 @@ class Engine:
     def _small(self) -> bool:
         return self.family.native_px < 512
 
-    def _encode(self, prompt: str) -> Conditioning:
-        if prompt not in self._prompts:
+    def _encode(self, prompt: str, loras: tuple[LoraChoice, ...]) -> Conditioning:
+        """The prompt as the text encoders read it with these LoRAs, of which few have a part for CLIP."""
+        clip_loras = tuple(choice for choice in loras if choice.file.has_clip_part)
+        key = prompt, tuple((choice.file.sha256, choice.weight) for choice in clip_loras)
+        if key not in self._prompts:
             encoders = self.family.text_encoders(self.device, self.dtype)
-            self._prompts[prompt] = self.family.encode_prompts(encoders, [prompt])
+            for i, choice in enumerate(clip_loras):
+                self._attach_clip(encoders.text_encoder, choice, f"lora{i}")
+            if clip_loras:
+                set_adapters_for_text_encoder([f"lora{i}" for i in range(len(clip_loras))], encoders.text_encoder, [choice.weight for choice in clip_loras])
+            self._prompts[key] = self.family.encode_prompts(encoders, [prompt])
             del encoders
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self._prompts[prompt]
+        return self._prompts[key]
 
     def _loaded_vae(self) -> AutoencoderKL:
         if self._vae is None:
@@ -112,10 +123,7 @@ class Engine:
     def _attach(self, choice: LoraChoice, name: str) -> None:
         """Load one file through diffusers' own reader, which knows the formats of other trainers too."""
         assert self._transformer is not None
-        try:
-            state, alphas, metadata = FluxPipeline.lora_state_dict(str(choice.file.path), return_alphas=True, return_lora_metadata=True)
-        except (ValueError, KeyError, IndexError, RuntimeError, OSError, SafetensorError) as error:  # what diffusers' converters raise on keys of other models
-            raise _unreadable(choice, self.family.model) from error
+        state, alphas, metadata = self._read(choice)
         state = {key: value for key, value in state.items() if key.startswith("transformer.")}
         if not state:
             raise UserError(f"{choice.file.path.name} holds no layer that a FLUX transformer has")
@@ -124,6 +132,22 @@ class Engine:
         except (ValueError, KeyError, IndexError, RuntimeError) as error:  # what diffusers and PEFT raise on shapes that do not fit together
             raise _unreadable(choice, self.family.model) from error
         self._transformer.requires_grad_(False)
+
+    def _attach_clip(self, text_encoder: CLIPTextModel, choice: LoraChoice, name: str) -> None:
+        """Put a file's part for CLIP on it."""
+        state, alphas, metadata = self._read(choice)
+        try:
+            FluxPipeline.load_lora_into_text_encoder(state, alphas, text_encoder, prefix="text_encoder", adapter_name=name, metadata=metadata)
+        except (ValueError, KeyError, IndexError, RuntimeError) as error:
+            raise _unreadable(choice, self.family.model) from error
+
+    def _read(self, choice: LoraChoice) -> tuple[dict[str, Tensor], Any, Any]:
+        """A file's tensors in diffusers' keys, its alphas and its metadata."""
+        try:
+            found: tuple[dict[str, Tensor], Any, Any] = FluxPipeline.lora_state_dict(str(choice.file.path), return_alphas=True, return_lora_metadata=True)
+            return found
+        except (ValueError, KeyError, IndexError, RuntimeError, OSError, SafetensorError) as error:  # what diffusers' converters raise on keys of other models
+            raise _unreadable(choice, self.family.model) from error
 
 
 def _unreadable(choice: LoraChoice, model: str) -> UserError:

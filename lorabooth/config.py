@@ -17,6 +17,7 @@ Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit"
 LoraInit = Literal["default", "gaussian", "pissa"]
 SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+Subject = Literal["person", "object", "style"]
 Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
@@ -34,6 +35,7 @@ class TrainConfig(BaseModel):
     model: str = Field(
         "black-forest-labs/FLUX.1-dev", description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU)."
     )
+    subject: Subject = Field("person", description="What the photos show: person, object or style. Photos of a person need that person's consent.")
     steps: int = Field(1000, ge=1, le=100_000, description="Optimiser steps.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; linear warm-up, then constant. prodigy takes it as a factor of its own.")
     optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")
@@ -53,6 +55,7 @@ class TrainConfig(BaseModel):
     layers_to_optimize_regex: str = Field(
         "", description="Layers that get a LoRA, as the hosted trainer takes them: every linear in whose name this is found. Wins over targets."
     )
+    train_text_encoder: bool = Field(False, description="Put a LoRA on the CLIP text encoder's attention too, as diffusers' option of this name does.")
     sigma_sampling: SigmaSampling = Field(
         "logit-normal", description="Noise levels of a step: logit-normal, uniform, or shifted (logit-normal, moved to more noise for larger pictures)."
     )
@@ -143,6 +146,8 @@ class TrainConfig(BaseModel):
             raise ValueError("use_dora and lora_init pissa both rewrite what a LoRA starts from; choose one of them")
         if self.blocks_to_swap and self.gradient_checkpointing not in ("auto", "all"):
             raise ValueError("blocks_to_swap needs gradient_checkpointing auto or all: a swapped block's weights are gone when its backward pass wants them")
+        if self.train_text_encoder and self.precompute_modulation:
+            raise ValueError("precompute_modulation needs the pooled prompts ahead, and train_text_encoder changes them at each step; choose one of them")
         return self
 
     @property

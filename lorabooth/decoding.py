@@ -10,10 +10,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from PIL import ExifTags, Image, ImageChops, ImageCms
+import pillow_heif
+from PIL import AvifImagePlugin, ExifTags, Image, ImageChops, ImageCms
 
-from lorabooth import archive
-from lorabooth.archive import LeftOut
+from lorabooth import zips
+from lorabooth.entry import LeftOut
 
 PIXELS_LIMIT = 100_000_000
 TOO_LARGE = f"has over {PIXELS_LIMIT // 1_000_000} megapixels, which is the limit"
@@ -21,13 +22,18 @@ LONG_SIDE_PX = 2048
 """Twice the largest training resolution in use; more costs disk and time at every read and never reaches the model."""
 
 # JPEG opens MPO too, the JPEGs with several pictures that some phones write.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "GIF")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".heic", ".heif", ".hif", ".avif", ".tif", ".tiff", ".bmp", ".gif"}
 
-# What Pillow's decoders raise on damaged pictures; UnidentifiedImageError and most others are OSError.
+# HEIC for Pillow. The picture alone: what else such a file may hold (thumbnails, depth) is not wanted, and would be decoded.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # as for HEIC; not one for each of a large machine's cores
+
+# What Pillow's decoders raise on damaged pictures; UnidentifiedImageError and most others are OSError, libheif's are RuntimeError.
 PICTURE_FAULTS = (
     OSError,
     SyntaxError,
+    RuntimeError,
     ValueError,
     EOFError,
     LookupError,
@@ -37,6 +43,9 @@ PICTURE_FAULTS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+DNG_VERSION = 50706
+"""The TIFF tag that tells a raw picture."""
 
 # EXIF orientation -> what makes the picture upright; 1 is upright.
 UPRIGHT = {
@@ -67,21 +76,19 @@ def decode(name: str, data: bytes) -> Decoded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = _first_frame(data)
+            return _upright_srgb(_first_frame(data))
         except PICTURE_FAULTS as error:
             raise LeftOut(_not_a_picture(name, data, error)) from error
-        return _upright_srgb(image)
 
 
-def decode_mask(name: str, data: bytes) -> Image.Image:
-    """A mask (L): white or opaque is trained on, black or transparent is not. Raises LeftOut."""
-    decoded = decode(name, data)
-    mask = decoded.image.convert("L")
+def as_mask(decoded: Decoded) -> Image.Image:
+    """A picture as mask (L): white or opaque is trained on, black or transparent is not. Raises LeftOut."""
+    shown = decoded.image.convert("L")
     if decoded.opacity is not None:
-        mask = ImageChops.multiply(mask, decoded.opacity)
-    if int(mask.getextrema()[1]) < 8:  # type: ignore[arg-type]
+        shown = ImageChops.multiply(shown, decoded.opacity)
+    if int(shown.getextrema()[1]) < 8:  # type: ignore[arg-type]
         raise LeftOut("is all black: nothing of its photo would be learned")
-    return mask
+    return shown
 
 
 def _first_frame(data: bytes) -> Image.Image:
@@ -89,6 +96,9 @@ def _first_frame(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > PIXELS_LIMIT:
         raise LeftOut(TOO_LARGE)
+    if image.format == "TIFF" and DNG_VERSION in image.tag_v2:  # type: ignore[attr-defined]
+        # Its first picture is a thumbnail, which would pass for the photo.
+        raise LeftOut("is a raw picture (DNG); save it as JPEG or HEIC")
     # A JPEG far over what is kept is decoded at half or a quarter of its size: less memory and time.
     image.draft(None, (2 * LONG_SIDE_PX, 2 * LONG_SIDE_PX))
     image.load()
@@ -101,16 +111,15 @@ def _not_a_picture(name: str, data: bytes, error: Exception) -> str:
         return TOO_LARGE
     if not data:
         return "is an empty file"
-    if data.startswith(archive.ZIP_START):
+    if data.startswith(zips.START):
         return "is an archive inside the archive; unpack it first"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-        return "is a HEIC picture; save it as JPEG"
     if PurePosixPath(name).suffix.casefold() in PICTURE_SUFFIXES:
         return "is damaged or not a picture"
-    return "is not a JPEG, PNG, WebP, TIFF, BMP or GIF picture"
+    return "is not a JPEG, PNG, WebP, HEIC, AVIF, TIFF, BMP or GIF picture"
 
 
 def _upright_srgb(image: Image.Image) -> Decoded:
+    """A loaded picture turned, reduced and converted. Raises LeftOut, or one of PICTURE_FAULTS."""
     changes: list[str] = []
     profile = image.info.get("icc_profile")
     try:
@@ -118,38 +127,44 @@ def _upright_srgb(image: Image.Image) -> Decoded:
     except PICTURE_FAULTS:
         orientation = 1
         changes.append("has damaged EXIF data: taken as upright")
-    flat, opacity = _flat(image), _opacity(image)
+    reduced = _eight_bits(image)
+    # Before anything else, each step of which would hold another 100 megapixels.
+    reduced.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX), Image.Resampling.LANCZOS)
     if orientation in UPRIGHT:
-        flat = flat.transpose(UPRIGHT[orientation])
-        opacity = opacity.transpose(UPRIGHT[orientation]) if opacity else None
+        reduced = reduced.transpose(UPRIGHT[orientation])
+    flat, opacity = _flat(reduced), _opacity(reduced)
     if profile:
         try:
             flat = _to_srgb(flat, profile)
         except (ImageCms.PyCMSError, OSError, ValueError):
             changes.append("has a colour profile that cannot be used: taken as sRGB")
-    rgb = flat.convert("RGB")
-    rgb.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX), Image.Resampling.LANCZOS)
-    return Decoded(rgb, opacity.resize(rgb.size) if opacity else None, tuple(changes))
+    return Decoded(flat.convert("RGB"), opacity, tuple(changes))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture as L, RGB, RGBA or CMYK."""
+    if image.mode in ("F", "I"):
+        raise LeftOut("has 32 bits a colour; save it as JPEG or PNG")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip them, not scale
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 
 def _opacity(image: Image.Image) -> Image.Image | None:
     """How opaque each pixel is (L); None where all of them are, or none is."""
-    if not image.has_transparency_data:
+    if image.mode != "RGBA":
         return None
-    alpha = image.convert("RGBA").getchannel("A")
+    alpha = image.getchannel("A")
     return None if alpha.getextrema() in ((255, 255), (0, 0)) else alpha
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The picture as L, RGB or CMYK of 8 bits; where it is transparent, on white."""
-    if image.mode == "F":
-        raise LeftOut("has floating-point pixels; save it as JPEG or PNG")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them, not scale
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+    """The picture without transparency: on white."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -1,6 +1,7 @@
 """Which device and precision this process computes with."""
 
 import torch
+from torch import Tensor
 
 from lorabooth.errors import UserError
 
@@ -13,6 +14,11 @@ def compute_device() -> torch.device:
 def base_dtype(device: torch.device) -> torch.dtype:
     """bf16 on CUDA; fp32 on the CPU, where bf16 is slow on most machines and fp32 makes runs repeatable to the bit."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU by way of pinned memory, or the host would wait until the GPU has done all it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
 
 
 def check_gpu(native_px: int, model: str) -> None:

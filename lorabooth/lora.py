@@ -1,7 +1,7 @@
 """LoRA files: safetensors in diffusers' own keys, with metadata that says what they are.
 
-Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]. The strength alpha / rank is
-folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
+Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]; those of CLIP begin with `text_encoder.text_model.`.
+The strength alpha / rank is folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
 """
 
 import json
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
-from lorabooth.families.flux1 import TARGETS
+from lorabooth.families.flux1 import CLIP_TARGETS, TARGETS
 from lorabooth.runs import sha256_file, write_durable
 
 PREFIX = "transformer."
+CLIP_PREFIX = "text_encoder."
+CLIP_MODULE = "text_model."
+"""What the names of CLIP's layers begin with in files; transformers leaves it out since version 5."""
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 ADAPTER = "default"
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
@@ -75,17 +78,25 @@ class LoraSpec:
         2404.02948) takes its start out of the base, and a resumed run must take out the same.
         """
         names = self.module_names(transformer)
+        parameters = self._add(transformer, names, seed, INITS[self.init] if start is None else True)
+        if start is not None:
+            self._take_out(transformer, names, start)
+        return parameters
+
+    def attach_clip(self, text_encoder: torch.nn.Module, seed: int) -> list[Tensor]:
+        """The same on CLIP's attention; a PiSSA LoRA starts there as a plain one."""
+        return self._add(text_encoder, list(CLIP_TARGETS), seed, INITS["default" if self.init == "pissa" else self.init])
+
+    def _add(self, module: torch.nn.Module, names: list[str], seed: int, init: Any) -> list[Tensor]:
         torch.manual_seed(seed)
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=names, lora_dropout=self.dropout, use_rslora=self.use_rslora, use_dora=self.use_dora,
-            init_lora_weights=INITS[self.init] if start is None else True,
+            init_lora_weights=init,
         )  # fmt: skip
-        cast(Any, transformer).add_adapter(config, adapter_name=ADAPTER)
-        parameters: list[Tensor] = [p for p in transformer.parameters() if p.requires_grad]
+        cast(Any, module).add_adapter(config, adapter_name=ADAPTER)
+        parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         for p in parameters:
             p.data = p.data.float()
-        if start is not None:
-            self._take_out(transformer, names, start)
         return parameters
 
     @torch.no_grad()
@@ -125,22 +136,35 @@ class _Short:
 
 
 def tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
-    """The live LoRA weights by their file keys (without folding)."""
+    """The live LoRA weights of a transformer by their file keys (without folding)."""
     return {PREFIX + name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items()}
+
+
+def clip_tensors(text_encoder: torch.nn.Module) -> dict[str, Tensor]:
+    """Those of CLIP."""
+    found = get_peft_model_state_dict(text_encoder, adapter_name=ADAPTER)
+    return {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): tensor.detach() for name, tensor in found.items()}
 
 
 def since(start: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a PiSSA LoRA learned since its start, as a plain LoRA of the untouched base: B A - B_0 A_0, of twice the rank."""
-    return {name: torch.cat([t, start[name]], 0) if ".lora_A." in name else torch.cat([t, -start[name]], 1) for name, t in state.items()}
+    return state | {name: torch.cat([state[name], t], 0) if ".lora_A." in name else torch.cat([state[name], -t], 1) for name, t in start.items()}
 
 
 def save_lora(path: Path, state: dict[str, Tensor], spec: LoraSpec, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
     """Write a LoRA file durably; `state` as from `tensors`. Metadata values are text."""
-    rank = next(len(t) for name, t in state.items() if ".lora_A." in name)
     folded = {name: (t * spec.scale if ".lora_B." in name else t).to(dtype).contiguous().cpu() for name, t in state.items()}
-    adapter: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted({_module(name) for name in state}), "use_dora": spec.use_dora}
-    described = json.dumps({PREFIX + name: value for name, value in adapter.items()})
-    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": described, **metadata})))
+    described = _described(state, PREFIX, spec) | (_described(state, CLIP_PREFIX, spec) if any(name.startswith(CLIP_PREFIX) for name in state) else {})
+    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(described), **metadata})))
+
+
+def _described(state: dict[str, Tensor], prefix: str, spec: LoraSpec) -> dict[str, Any]:
+    """What PEFT wants to know of one model's part of a file, each name behind the part's prefix."""
+    part = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    rank = next(len(t) for name, t in part.items() if ".lora_A." in name)
+    targets = sorted({_module(name) for name in part}) if prefix == PREFIX else list(CLIP_TARGETS)
+    adapter = {"r": rank, "lora_alpha": rank, "target_modules": targets, "use_dora": spec.use_dora}
+    return {prefix + name: value for name, value in adapter.items()}
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -186,6 +210,11 @@ class LoraFile:
         """The trigger word, where the file tells it."""
         return self.metadata.get("modelspec.trigger_phrase", "")
 
+    @property
+    def has_clip_part(self) -> bool:
+        """Whether it changes the CLIP text encoder too, in the keys of diffusers or kohya."""
+        return any(name.startswith((CLIP_PREFIX, "lora_te1_")) for name in self.shapes)
+
     def check_fits(self, transformer: torch.nn.Module, model: str) -> None:
         """A UserError where the file's layers or widths are not the transformer's (files in diffusers keys only)."""
         # Once a LoRA was on a linear, PEFT keeps the linear itself as `<name>.base_layer`.
@@ -227,4 +256,4 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _module(key: str) -> str:
-    return re.sub(r"\.lora_([AB]\.weight|magnitude_vector)$", "", key.removeprefix(PREFIX))
+    return re.sub(r"\.lora_([AB]\.weight|magnitude_vector)$", "", key)

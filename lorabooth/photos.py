@@ -1,4 +1,4 @@
-"""From a zip or folder of photos to RUN/photos/00001.png and RUN/manifest.jsonl, and the shapes photos are trained in.
+"""From a zip, tar or folder of photos to RUN/photos/00001.png and RUN/manifest.jsonl, and the shapes photos are trained in.
 
 Beside a photo there may be a caption, <stem>.txt, and a mask, <stem>.mask.png, which says what of it is trained on.
 """
@@ -10,6 +10,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import sqrt
@@ -18,8 +19,9 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from lorabooth import archive
-from lorabooth.archive import Entry, LeftOut, printable
-from lorabooth.decoding import PICTURE_SUFFIXES, decode, decode_mask, png
+from lorabooth.decoder import Decoder
+from lorabooth.decoding import PICTURE_SUFFIXES, as_mask, png
+from lorabooth.entry import Entry, LeftOut, printable
 from lorabooth.errors import UserError
 from lorabooth.runs import publish, write_durable
 
@@ -27,7 +29,7 @@ CAPTION_BYTES_LIMIT = 64 << 10
 FEW_PHOTOS = 4
 SAME_PICTURE = "is the same picture as "
 
-NEEDED = "put 10-50 JPEG, PNG or WebP photos in it"
+NEEDED = "put 10-50 JPEG, HEIC, PNG or WebP photos in it"
 
 Progress = Callable[[Iterable[Entry]], Iterable[Entry]]
 
@@ -117,11 +119,12 @@ def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
     return image.resize((bucket.width_px, bucket.height_px), Image.Resampling.LANCZOS, box=box)
 
 
-def ingest(source: Path, folder: Path, progress: Progress = iter) -> Manifest:
-    """Take the photos of a zip or folder into `folder`/photos and write `folder`/manifest.jsonl; returns the manifest.
+def ingest(source: Path, folder: Path, progress: Progress = iter, decoder: Decoder | None = None) -> Manifest:
+    """Take the photos of a zip, tar or folder into `folder`/photos and write `folder`/manifest.jsonl; returns the manifest.
 
     Where the manifest exists, all is done and it is only read. It is written last, and the photos are gathered aside,
-    so that a kill leaves nothing that looks complete; the next call starts afresh. Raises UserError.
+    so that a kill leaves nothing that looks complete; the next call starts afresh. `decoder` is one that runs already, for
+    those who ingest often. Raises UserError.
     """
     if (folder / "manifest.jsonl").exists():
         return Manifest.load(folder)
@@ -131,7 +134,7 @@ def ingest(source: Path, folder: Path, progress: Progress = iter) -> Manifest:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        manifest = _gather(source, folder, part, progress)
+        manifest = _gather(source, folder, part, progress, decoder)
         # Left by a kill between the two writes below.
         shutil.rmtree(folder / "photos", ignore_errors=True)
         publish(part, folder / "photos")
@@ -145,9 +148,9 @@ def ingest(source: Path, folder: Path, progress: Progress = iter) -> Manifest:
     return manifest
 
 
-def _gather(source: Path, folder: Path, part: Path, progress: Progress) -> Manifest:
-    intake = _Intake(part)
-    with archive.entries(source, leave_out=folder) as found:
+def _gather(source: Path, folder: Path, part: Path, progress: Progress, running: Decoder | None) -> Manifest:
+    with archive.entries(source, leave_out=folder) as found, nullcontext(running) if running else Decoder() as decoder:
+        intake = _Intake(part, decoder)
         for entry in progress(sorted(found, key=lambda entry: _natural(entry.name))):
             intake.add(entry)
     if not found:
@@ -166,8 +169,8 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
 class _Intake:
     """What has been taken from a source so far."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, decoder: Decoder):
+        self.folder, self.decoder = folder, decoder
         self.photos: list[tuple[Photo, str]] = []
         """With the key that a photo shares with its caption."""
         self.captions: dict[str, tuple[str, str]] = {}
@@ -204,7 +207,7 @@ class _Intake:
         self.notes.append(f"{name} {reason}: left out")
 
     def _add_photo(self, name: str, key: str, data: bytes) -> None:
-        decoded = decode(name, data)
+        decoded = self.decoder.decode(name, data)
         image, stored = decoded.image, png(decoded.image)
         digest = sha256(stored).hexdigest()
         # The same pixels give the same file, whatever format they came in.
@@ -223,7 +226,7 @@ class _Intake:
     def _add_mask(self, name: str, key: str, data: bytes) -> None:
         if key in self.masks:
             raise LeftOut(f"has the name of another mask, {self.masks[key][0]}")
-        self.masks[key] = name, decode_mask(name, data)
+        self.masks[key] = name, as_mask(self.decoder.decode(name, data))
 
     def _masked(self, photo: Photo, mask: Image.Image) -> Photo:
         """The photo with this mask, stored at the photo's size."""

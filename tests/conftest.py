@@ -6,12 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from diffusers import FluxPipeline
 
-from lorabooth import mini
+from lorabooth import consent, mini
 from lorabooth.cli import main
 from lorabooth.mini import people
 
@@ -20,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """The same tests on every machine: a GPU computes in bf16, and pictures are compared to the bit."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of settings apart from the user's, in which the consent of the drawn people in the tests is remembered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+        consent._remember("option")
+        yield
 
 
 @pytest.fixture(scope="session")

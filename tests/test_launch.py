@@ -54,10 +54,10 @@ def test_a_launcher_that_is_not_there_is_named(tiny_command: list[str], tmp_path
     assert "--launch nosuchthing -n 2: No such file or directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "machines"), [("ddp", 1), ("two_nodes", 2)])
-def test_accelerate_reads_the_shipped_configs(name: str, machines: int):
+@pytest.mark.parametrize(("name", "machines", "kind"), [("ddp", 1, "MULTI_GPU"), ("fsdp2", 1, "FSDP"), ("two_nodes", 2, "MULTI_GPU")])
+def test_accelerate_reads_the_shipped_configs(name: str, machines: int, kind: str):
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
-    assert config.num_machines == machines and config.mixed_precision == "no" and str(config.distributed_type).endswith("MULTI_GPU")
+    assert config.num_machines == machines and config.mixed_precision == "no" and str(config.distributed_type).endswith(kind)
 
 
 @pytest.fixture

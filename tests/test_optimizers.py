@@ -15,7 +15,7 @@ from lorabooth.config import Optimizer, TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.runs import RunDir
-from train import fit, optimizers
+from train import encode, fit, optimizers
 from train.checkpoint import load_checkpoint, save_checkpoint
 
 NAMES = [name for name in get_args(Optimizer) if name != "auto"]
@@ -62,6 +62,26 @@ def test_a_resumed_run_gives_the_same_bytes_and_the_loss_falls(run: RunDir, name
         fit.train_step(resumed)
     assert all(torch.equal(a, b) for a, b in zip(whole, weights(resumed), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(whole, start, strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_n_steps_a_stop_and_m_more_are_n_plus_m_steps_over_several_shapes(run: RunDir, stop: int):
+    # Three photos at two resolutions: an epoch of six batches, two of them a step, so that each stop is inside an epoch or at its end.
+    settings = {"optimizer": "prodigy", "learning_rate": 1.0, "gradient_accumulation": 2, "resolution": "64,96", "batch_size": 1, "ema_decay": 0.9}
+    run._write_config(run.config.model_copy(update=settings))
+    encode.run(run)
+    trainer = trainer_of(run)
+    assert len(trainer.sampler.by_bucket) > 1 and trainer.sampler.per_epoch == 6
+    for _ in range(stop):
+        fit.train_step(trainer)
+    save_checkpoint(run, trainer.state)
+    resumed = trainer_of(run)
+    assert resumed.state.step == stop
+    for each in (trainer, resumed):
+        for _ in range(5 - stop):
+            fit.train_step(each)
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(resumed), strict=True))
+    assert not any(torch.equal(p, average) for p, average in zip(resumed.state.parameters, resumed.state.ema, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,7 @@ from lorabooth.runs import RunDir
 from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
+from train import trainer as trainer_room
 from train.placement import place, start_plan
 from train.plan import ASSUMED, GB, MemoryPlan, Shapes, blocks_of, choose, fitting
 from train.planning import plans_for, shapes_of
@@ -123,6 +124,17 @@ def test_what_is_asked_for_is_kept(dev: str):
     assert {e.plan.precision for e in fitting(shapes_of(config, load_family(dev)), reads_the_base, ASSUMED, 80 * GB, HOST_BYTES)} == {"bf16"}
     on_norms = recipe(dev, targets="all-linear")
     assert not any(e.plan.precomputed for e in fitting(shapes_of(on_norms, load_family(dev)), on_norms, ASSUMED, 80 * GB, HOST_BYTES))
+
+
+def test_gpus_that_divide_the_base_hold_their_part_and_two_blocks(dev: str):
+    config, shapes = recipe(dev), shapes_of(recipe(dev), load_family(dev))
+    together = choose(shapes, config, ASSUMED, 40 * GB, HOST_BYTES, 2)[0]
+    assert (together.plan.precision, together.plan.swapped, together.plan.precomputed, together.plan.shards) == ("bf16", 0, False, 2)
+    largest = max(shapes.blocks) + shapes.modulation // 57
+    assert together.items["base"] == pytest.approx(sum(shapes.blocks) + shapes.modulation + 2 * 2 * largest + 2 * shapes.rest)
+    assert choose(shapes, config, ASSUMED, 20 * GB, HOST_BYTES, 2)[0].plan.precision == "bf16", "24 GB of weights do not fit into 20 GB, halves do"
+    with pytest.raises(UserError, match=r"a base divided among GPUs \(FSDP\) stays on them and in bf16"):
+        choose(shapes, recipe(dev, precision="int8"), ASSUMED, 40 * GB, HOST_BYTES, 2)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +328,7 @@ def test_a_resume_inside_a_window_of_the_modulation_gives_the_same_bytes(tiny_ru
 
 
 def test_in_bf16_the_optimiser_works_on_fp32_weights(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for room in (fit, objective):
+    for room in (fit, objective, trainer_room):
         monkeypatch.setattr(room, "base_dtype", lambda _: torch.bfloat16)
     run = untrained(tiny_run, tmp_path / "run", gradient_accumulation=2)
     trainer = fit.start(run, run.config, load_family(run.config.model), Accelerator(cpu=True))
@@ -347,7 +359,7 @@ def full_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(trainer)
 
-    def two_plans(config: TrainConfig, family: object, device: torch.device):
+    def two_plans(config: TrainConfig, family: object, device: torch.device, shards: int):
         [best] = plans_for(config, load_family("mini"), device)
         return [best, plan.Estimate(MemoryPlan("fp32", 6, 2, False), {"base": 0.0}, 0.0, 1.0)]
 

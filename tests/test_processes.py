@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorabooth.runs import RunDir
-from train import fit
+from train import encode, fit
 from train.checkpoint import verified
 
 
@@ -36,8 +36,8 @@ def torchrun() -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
 
 
-def two_processes(run: RunDir) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def two_processes(run: RunDir, **changed: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | changed
     return subprocess.Popen([*torchrun(), "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -68,6 +68,26 @@ def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, t
         # Adam divides by the size of a gradient: where that is nearly nothing, rounding shows.
         assert (a - b).abs().mean() < 0.02 * a.abs().mean() + 1e-6
     assert torch.isfinite(torch.cat([t.flatten() for t in fit.final_weights(two)])).all()
+
+
+def test_a_base_divided_between_two_processes_gives_the_same_bytes_as_one_that_each_has_whole(tiny_run: Path, tmp_path: Path):
+    # What `accelerate launch` with configs/accelerate/fsdp2.yaml sets. Validation and previews pass through the base too, so both must come along.
+    divided = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    settings = {"batch_size": 1, "preview_every": 2, "gradient_checkpointing": "all", "validation_photos": 1, "validation_every": 2, "preservation_rate": 0.5}
+    runs = []
+    for name, changed in (("whole", {}), ("divided", divided)):
+        run = untrained(tiny_run, tmp_path / name, **settings)
+        encode.run(run)
+        process = two_processes(run, **changed)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        runs.append(run)
+    whole, apart = runs
+    assert [row["plan"] for row in apart.history() if "plan" in row] == ["base fp32, 6 blocks recomputed, divided among 2 GPUs"]
+    assert all(torch.equal(a, b) for a, b in zip(fit.final_weights(whole), fit.final_weights(apart), strict=True))
+    assert [row["loss"] for row in whole.history() if "loss" in row] == [row["loss"] for row in apart.history() if "loss" in row]
+    for picture in ("step-000000-0.png", "step-000004-0.png"):
+        assert (whole.samples / picture).read_bytes() == (apart.samples / picture).read_bytes()
 
 
 def test_a_sigterm_stops_both_at_one_step_and_saves_it(tiny_run: Path, tmp_path: Path):

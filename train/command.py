@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import click
 from tqdm import tqdm
 
-from lorabooth import stages
+from lorabooth import consent, stages
 from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
@@ -51,6 +51,7 @@ def _show(value: Any) -> str:
     "--class-photos", type=click.Path(path_type=Path), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
+@click.option("--consent", "consented", is_flag=True, help="Everyone in the photos has agreed. [default: asked once at a terminal, then remembered]")
 @click.option("--json", "as_json", is_flag=True, help="Print the paths of the result as JSON.")
 @click.option(
     "--launch", default="", help="What starts the training stage, for several GPUs: 'accelerate launch --num_processes 2'. [default: one process on one GPU]"
@@ -58,9 +59,17 @@ def _show(value: Any) -> str:
 @click.option("--wandb-api-key", help="Log to wandb with this key, which is written nowhere. [default: WANDB_API_KEY, or the login of `wandb login`]")
 @config_options
 def train(
-    photos: Path, recipe: Path | None, class_photos: Path | None, out: Path | None, as_json: bool, launch: str, wandb_api_key: str | None, **values: Any
+    photos: Path,
+    recipe: Path | None,
+    class_photos: Path | None,
+    out: Path | None,
+    consented: bool,
+    as_json: bool,
+    launch: str,
+    wandb_api_key: str | None,
+    **values: Any,
 ) -> None:
-    """Train a LoRA from PHOTOS: a zip or a folder of 10-50 pictures of a person, with <name>.txt captions if you like.
+    """Train a LoRA from PHOTOS: a zip, a tar or a folder of 10-50 pictures of a person, with <name>.txt captions if you like.
 
     The same command again goes on where it stopped. Ctrl-C finishes the step at hand and saves it.
 
@@ -78,7 +87,7 @@ def train(
     config = recipe_config(recipe, values)
     if class_photos and not config.prior_rate:
         config = config.model_copy(update={"prior_rate": PRIOR_RATE})
-    run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word), launch, class_photos)
+    run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word), launch, class_photos, consented)
     report = run_dir.path / "report.html"
     if as_json:
         click.echo(json.dumps({"run": str(run_dir.path), "lora": str(run_dir.lora), "report": str(report)}))
@@ -95,8 +104,11 @@ def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
     return load_config(recipe, values)
 
 
-def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "", class_photos: Path | None = None) -> RunDir:
-    """All stages in order; what is there already is not done again. Returns the finished run. launch: as of `stages.run_stage`."""
+def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "", class_photos: Path | None = None, consented: bool = False) -> RunDir:
+    """All stages in order; what is there already is not done again. Returns the finished run.
+
+    launch: as of `stages.run_stage`. consented: the people in the photos have agreed, and the user need not be asked.
+    """
     if config.prior_rate and not class_photos and not (RunDir(folder).others / "manifest.jsonl").exists():
         raise UserError(f"prior_rate is {config.prior_rate}, and there are no photos of others to train on", hint="give some with --class-photos")
     sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
@@ -104,8 +116,10 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
         _check_source(source, taken_into)
     if not (folder / "manifest.jsonl").exists():
         stages.load("train.export", "check_model")(config)
+    agreed = consent.obtain(config, RunDir(folder), consented)
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
+        consent.record(run_dir, agreed)
         for taken_into, source in reversed(sources.items()):  # the run's own manifest last: it says that all is there
             _take_in(source, RunDir(taken_into), run_dir.path)
         check_new_run(run_dir)

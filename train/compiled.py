@@ -16,8 +16,8 @@ WORTH_STEPS = 200
 
 def wanted(asked: bool | None, plan: MemoryPlan, device: torch.device, steps: int) -> bool:
     """Whether to compile where the recipe leaves it open: on a GPU, for a run long enough. Blocks that come and go change
-    their weights' addresses at each turn, and bitsandbytes' 4-bit kernels cannot be compiled."""
-    if plan.swapped or plan.precision == "nf4":
+    their weights' addresses at each turn (so do divided ones), and bitsandbytes' 4-bit kernels cannot be compiled."""
+    if plan.swapped or plan.shards > 1 or plan.precision == "nf4":
         return False
     return asked if asked is not None else device.type == "cuda" and steps >= WORTH_STEPS
 

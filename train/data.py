@@ -161,7 +161,7 @@ class Cache:
     def conditioning(self, stems: list[str]) -> Conditioning:
         """Conditioning of several captions as one batch."""
         files = [self._file(text_name(s)) for s in stems]
-        return Conditioning(torch.stack([f["embeds"] for f in files]), torch.stack([f["pooled"] for f in files]))
+        return Conditioning(**{name: torch.stack([file[name] for file in files]) for name in files[0]})
 
     def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
         """The tensors of some items. A share of captions is dropped to the bare trigger; a share of batches has the class phrase in its place.

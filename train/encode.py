@@ -149,7 +149,7 @@ def _fitted(file: Path, mode: str, item: Item) -> NDArray[np.float32]:
 
 def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
     wanted = texts(run_dir, manifest)
-    keys = {name: f"{family.model} {hashlib.sha256(text.encode()).hexdigest()}" for name, text in wanted.items()}
+    keys = {name: f"{family.model} with ids {hashlib.sha256(text.encode()).hexdigest()}" for name, text in wanted.items()}
     missing = [name for name, key in keys.items() if cached_key(run_dir.cache / text_name(name)) != key]
     if not missing:
         return
@@ -160,7 +160,7 @@ def _encode_texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None:
     for chunk in tqdm(list(_chunks(missing, TEXT_BATCH)), desc="encode captions", unit="batch"):
         encoded = family.encode_prompts(encoders, [wanted[name] for name in chunk])
         for i, name in enumerate(chunk):
-            write_cached(run_dir.cache / text_name(name), {"embeds": encoded.embeds[i], "pooled": encoded.pooled[i]}, keys[name])
+            write_cached(run_dir.cache / text_name(name), {field: tensor[i] for field, tensor in vars(encoded).items()}, keys[name])
     del encoders
     _free()
 

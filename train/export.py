@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 
-from lorabooth import __version__, hub
+from lorabooth import __version__, consent, hub
 from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
 from lorabooth.errors import StageFailed, UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile, LoraSpec, save_lora, since, tensors
+from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, LoraFile, LoraSpec, clip_tensors, save_lora, since, tensors
 from lorabooth.runs import RunDir
 from train import report
 from train.base import pinned
@@ -34,23 +35,31 @@ def run(run_dir: RunDir, raw: bool = False) -> Path:
         raise UserError(f"{run_dir.path} has not been trained to its last step", hint=f"go on with: python -m train fit {run_dir.path}")
     config = run_dir.config
     spec = LoraSpec.of(config)
-    skeleton = load_family(config.model).empty_transformer()
-    # Without weights there is nothing that a start could be taken from, and names are all that is wanted.
-    parameters = replace(spec, init="default").attach(skeleton, config.seed)
-    weights = final_weights(run_dir, raw)
-    # The checkpoint numbers the weights in the order of `parameters`; the skeleton turns numbers into names.
-    order = {id(p): w for p, w in zip(parameters, weights, strict=True)}
-    names = {name: p for name, p in skeleton.named_parameters() if id(p) in order}
-    keys = list(tensors(skeleton))
-    state = {key: order[id(names[_parameter_name(key)])] for key in keys}
+    state = _named(config, final_weights(run_dir, raw))
     if config.lora_init == "pissa":
         state = since(load_file(run_dir.lora_start), state)
     dtype = torch.float32 if config.model == "mini" else torch.bfloat16
     path = run_dir.path / "lora-raw.safetensors" if raw else run_dir.lora
     save_lora(path, state, spec, metadata(run_dir), dtype)
-    check_loads(path, len(keys))
+    check_loads(path, len(state))
     report.write(run_dir)
     return path
+
+
+def _named(config: TrainConfig, weights: list[Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, which numbers them in the order they were attached in, by their file keys."""
+    family = load_family(config.model)
+    # Skeletons on the meta device turn numbers into names. They have no weights that a start could be taken from.
+    spec, transformer = replace(LoraSpec.of(config), init="default"), family.empty_transformer()
+    parameters = spec.attach(transformer, config.seed)
+    keys, named = list(tensors(transformer)), dict(transformer.named_parameters())
+    if config.train_text_encoder:
+        text_encoder = family.empty_clip()
+        parameters += spec.attach_clip(text_encoder, config.seed)
+        keys += clip_tensors(text_encoder)
+        named |= {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): p for name, p in text_encoder.named_parameters()}
+    weight_of = {id(p): w for p, w in zip(parameters, weights, strict=True)}
+    return {key: weight_of[id(named[_parameter_name(key)])] for key in keys}
 
 
 def check_model(config: TrainConfig) -> None:
@@ -75,6 +84,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
     """What the file says of itself, by the names other tools read (modelspec.*, ss_*) and our own recipe; no path, no photo."""
     config, family = run_dir.config, load_family(run_dir.config.model)
     base = hub.display_name(config.model)
+    agreed = consent.recorded(run_dir)
     rank = config.lora_rank * (2 if config.lora_init == "pissa" else 1)
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -96,7 +106,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
         "lorabooth.base": base,
         "lorabooth.base_sha256": pinned(run_dir, "transformer"),
         "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
-    }
+    } | ({"lorabooth.consent": agreed.sentence()} if agreed else {})
 
 
 def trained_at(run_dir: RunDir) -> datetime:

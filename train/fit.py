@@ -12,7 +12,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verif
 from train.compiled import compile_blocks, wanted
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
 from train.objective import drawn, loss_of
-from train.placement import place, start_plan
+from train.placement import place, shard, start_plan
 from train.plan import GB, WINDOW, MemoryPlan, next_lighter
 from train.planning import plans_for
 from train.preview import preview
@@ -53,7 +53,7 @@ def run(run_dir: RunDir) -> None:
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(config.tracker_names) or None, project_dir=run_dir.path / "tensorboard")
     # Only one process writes; the others compute. The lock is taken by the writer.
     with run_dir.locked() if accelerator.is_main_process else nullcontext():
-        estimates = plans_for(config, family, device)
+        estimates = plans_for(config, family, device, shards_of(accelerator))
         if accelerator.num_processes > 1:  # GPUs may differ: all take the plan of the smallest
             estimates = min(gather_object([estimates]), key=lambda found: found[0].bytes)
         plan = estimates[0].plan
@@ -111,21 +111,28 @@ def checkpoint_of(run_dir: RunDir) -> Path:
 def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Accelerator, plan: MemoryPlan | None = None) -> Trainer:
     """Load the transformer as the plan says (the fastest that fits, unless given), put the LoRA and the optimiser on it."""
     device, dtype = accelerator.device, base_dtype(accelerator.device)
-    plan = plan or plans_for(config, family, device)[0].plan
+    plan = plan or plans_for(config, family, device, shards_of(accelerator))[0].plan
     transformer = family.transformer(torch.device("cpu") if plan.in_parts else device, dtype)
     if accelerator.is_main_process:
         pinned(run_dir, "transformer")
     modulation = place(transformer, plan, device)
     live = attach(run_dir, config, transformer)
+    text_encoder = family.clip(device, dtype) if config.train_text_encoder else None
+    live += LoraSpec.of(config).attach_clip(text_encoder, config.seed) if text_encoder else []
+    trained = [transformer, *([text_encoder] if text_encoder else [])]
     for p in live:  # those of blocks in host memory, too
         p.data = p.data.to(device)
     parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]
     for p in live:
         p.data = p.data.to(dtype)
     if not (config.lora_dropout or config.use_dora):
-        shorten(transformer)
+        for module in trained:
+            shorten(module)
+    if plan.shards > 1:
+        shard(transformer)
     start_plan(transformer, plan, device, random=config.lora_dropout > 0)
-    transformer.train()
+    for module in trained:
+        module.train()
     name = optimizers.chosen(config, device)
     ema, untrained = ([p.detach().clone() for p in parameters] for _ in range(2))
     state = TrainState(0, parameters, ema, optimizers.build(name, parameters, config), name)
@@ -133,7 +140,13 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
     others = Sampler(prior, size, config.seed) if prior else None
-    return Trainer(run_dir, config, family, accelerator, transformer, live, state, untrained, sampler, others, Cache(run_dir), modulation)
+    cache = Cache(run_dir)
+    return Trainer(run_dir, config, family, accelerator, plan, transformer, live, state, untrained, sampler, others, cache, modulation, text_encoder)
+
+
+def shards_of(accelerator: Accelerator) -> int:
+    """How many processes divide the base among them: all where accelerate's config asks for FSDP, else each has the whole."""
+    return accelerator.num_processes if parse_flag_from_env("ACCELERATE_USE_FSDP") else 1
 
 
 def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -> list[Tensor]:
@@ -209,7 +222,8 @@ def _loop(trainer: Trainer) -> None:
     config, state, main = trainer.config, trainer.state, trainer.accelerator.is_main_process
     pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
     average, alone = math.nan, trainer.accelerator.num_processes == 1
-    if main and state.step == 0:
+    looking = main or trainer.plan.shards > 1
+    if looking and state.step == 0:
         preview(trainer)
         validate(trainer)
     bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", disable=not main, smoothing=0.05)
@@ -227,9 +241,9 @@ def _loop(trainer: Trainer) -> None:
                     save_checkpoint(trainer.run, state)
                 if stopping:
                     raise KeyboardInterrupt
-            if main and (last or state.step % config.validation_every == 0):
+            if looking and (last or state.step % config.validation_every == 0):
                 validate(trainer)
-            if main and config.preview_every and (last or state.step % config.preview_every == 0):
+            if looking and config.preview_every and (last or state.step % config.preview_every == 0):
                 preview(trainer)
                 if alone and stopped:  # the signal came during the preview
                     save_checkpoint(trainer.run, state)
@@ -271,8 +285,9 @@ def validate(trainer: Trainer) -> None:
     """Log the loss of the held-out photos, where there are any."""
     if trainer.config.validation_photos:
         loss = measure(trainer)
-        trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
-        trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
+        if trainer.accelerator.is_main_process:
+            trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
+            trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorabooth import flow
-from lorabooth.device import base_dtype
+from lorabooth.device import base_dtype, sent
 from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING
 from train.data import Batch
 from train.trainer import Trainer, evaluating, with_weights
@@ -17,7 +17,7 @@ def loss_of(trainer: Trainer, batch: Batch, generator: torch.Generator) -> Tenso
     """The loss of a batch: a scalar, fp32. `generator` (CPU) draws noise and noise levels, for the whole batch, so that several
     processes train on what one would."""
     noise, sigma = drawn(trainer, batch, generator)
-    weight = flow.loss_weight(trainer.config.loss_weighting, sigma).view(-1, 1, 1).to(trainer.accelerator.device)
+    weight = sent(flow.loss_weight(trainer.config.loss_weighting, sigma).view(-1, 1, 1), trainer.accelerator.device)
     return (weight * squared_error(trainer, batch, noise, sigma)).mean()
 
 
@@ -33,19 +33,18 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
     Where the batch preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
     """
     device = trainer.accelerator.device
-    dtype = base_dtype(device)
     if trainer.modulation:
         trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, batch.conditioning.pooled)
-    x_0, noise, sigma = flow.pack(batch.latents).to(device), flow.pack(noise).to(device), sigma.to(device)
-    x = flow.add_noise(x_0, noise, sigma).to(dtype)
-    ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=dtype)
-    conditioning = batch.conditioning.to(device, dtype)
+    x_0, noise, sigma = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
+    x = flow.add_noise(x_0, noise, sigma).to(base_dtype(device))
+    ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=x.dtype)
 
     def predict() -> Tensor:
+        conditioning = trainer.conditioned(batch.conditioning)
         return trainer.family.velocity(trainer.transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
 
     if not batch.preserve:
-        return batch.weights.to(device) * (predict() - flow.velocity(x_0, noise)).square()
-    with with_weights(trainer, trainer.untrained), evaluating(trainer.transformer):
+        return sent(batch.weights, device) * (predict() - flow.velocity(x_0, noise)).square()
+    with with_weights(trainer, trainer.untrained), evaluating(trainer):
         target = predict()
     return (predict() - target).square()

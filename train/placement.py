@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lorabooth.swap import BlockSwap
@@ -17,6 +18,8 @@ def place(transformer: nn.Module, plan: MemoryPlan, device: torch.device) -> Mod
     modulation = Modulation(transformer, device) if plan.precomputed else None
     blocks = blocks_of(transformer)
     for i, block in enumerate(blocks):
+        if plan.shards > 1:
+            continue  # `shard` takes it to the GPU
         if plan.precision not in ("bf16", "fp32"):
             for name, linear in linears(block):
                 block.set_submodule(name, quantized(linear, plan.precision, device))
@@ -25,6 +28,20 @@ def place(transformer: nn.Module, plan: MemoryPlan, device: torch.device) -> Mod
         if name not in ("transformer_blocks", "single_transformer_blocks"):
             part.to(device)
     return modulation
+
+
+def shard(transformer: nn.Module) -> None:
+    """Divide the frozen blocks among the processes (FSDP2); each is put together when its turn comes. The LoRA is whole everywhere.
+
+    From here on every process must take part in each pass of the transformer.
+    """
+    blocks = blocks_of(transformer)
+    adapted = {p for p in transformer.parameters() if p.requires_grad}
+    divided = {p for block in blocks for p in block.parameters()} - adapted
+    for block in blocks:
+        fully_shard(block, ignored_params=adapted)
+    # The rest is small and stays whole; the root only lets a block come while the one before it is at work.
+    fully_shard(transformer, ignored_params=set(transformer.parameters()) - divided)
 
 
 def start_plan(transformer: nn.Module, plan: MemoryPlan, device: torch.device, random: bool) -> None:

@@ -35,30 +35,33 @@ MFU = 0.5
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Precision of the base's linears, how many blocks recompute their activations, how many live in host memory, and
-    whether the modulation is computed ahead, so that its linears need not be on the GPU (27 % of FLUX.1-dev)."""
+    """Precision of the base's linears, how many blocks recompute their activations, how many live in host memory,
+    whether the modulation is computed ahead, so that its linears need not be on the GPU (27 % of FLUX.1-dev), and how many
+    GPUs divide the blocks among them (FSDP2)."""
 
     precision: str
     recomputed: int
     swapped: int
     precomputed: bool
+    shards: int = 1
 
     @property
     def in_parts(self) -> bool:
         """Whether the base goes to the GPU part by part, by way of host memory."""
-        return self.precision not in ("bf16", "fp32") or self.swapped > 0 or self.precomputed
+        return self.precision not in ("bf16", "fp32") or self.swapped > 0 or self.precomputed or self.shards > 1
 
     def __str__(self) -> str:
         parts = [f"base {self.precision}", f"{self.recomputed} blocks recomputed" if self.recomputed else "nothing recomputed"]
         parts += [f"{self.swapped} blocks in host memory"] if self.swapped else []
         parts += ["modulation computed ahead"] if self.precomputed else []
+        parts += [f"divided among {self.shards} GPUs"] if self.shards > 1 else []
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Shapes:
     """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, those of the
-    modulation, and of everything else; and the weights that a LoRA would have."""
+    modulation, and of everything else; the weights that a LoRA would have; and those of CLIP where it is trained, too."""
 
     width: int
     double: int
@@ -68,6 +71,7 @@ class Shapes:
     rest: int
     lora: int
     text_tokens: int
+    text_encoder: int = 0
 
     @classmethod
     def of(cls, transformer: nn.Module, spec: LoraSpec, text_tokens: int) -> "Shapes":
@@ -135,10 +139,14 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     resident = sum(shapes.blocks) - sum(swapped)
     # Two places for the blocks that come and go: one at work, one on its way.
     slots = 2 * max(swapped, default=0)
+    modulation = 0.0 if plan.precomputed else float(shapes.modulation)
+    if plan.shards > 1:
+        slots = 2 * (max(shapes.blocks) + shapes.modulation // count)
     tokens = config.batch_size * max(_tokens(shapes, px) for px in config.resolutions_px)
     items = {
-        "base": (resident + slots) * each + shapes.rest * wide + (0 if plan.precomputed else shapes.modulation * each),
+        "base": ((resident + modulation) / plan.shards + slots) * each + shapes.rest * wide,
         # Live in the base's precision with gradients; in fp32: master copy, its gradient, averaged weights, the start.
+        "text encoder": shapes.text_encoder * wide,
         "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
@@ -185,6 +193,8 @@ def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         computing += (2 + recomputed) * sum(shapes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
     weights = sum(shapes.blocks[count - plan.swapped :]) * BYTES[plan.precision]
     moving = 2 * weights / (speed.host_gb * GB)
+    if plan.shards > 1:  # what the others have comes over the same bus, or a faster one
+        moving = 2 * (sum(shapes.blocks) + shapes.modulation) * BYTES[plan.precision] * (1 - 1 / plan.shards) / (speed.host_gb * GB)
     ahead = shapes.modulation * 2 / (speed.host_gb * GB) / WINDOW if plan.precomputed else 0.0
     return (max(computing, moving) + ahead) * config.gradient_accumulation
 
@@ -193,27 +203,30 @@ WINDOW = 64
 """Batches whose modulation is computed at a time: the linears pass through the GPU once for all of them."""
 
 
-def candidates(shapes: Shapes, config: TrainConfig) -> Iterator[MemoryPlan]:
-    """Every plan that the recipe allows."""
+def candidates(shapes: Shapes, config: TrainConfig, shards: int = 1) -> Iterator[MemoryPlan]:
+    """Every plan that the recipe allows. shards: GPUs that divide the blocks among them, whole in bf16 and nowhere else."""
     count = len(shapes.blocks)
     reads_base = config.use_dora or config.lora_init == "pissa"
     precisions: tuple[str, ...] = BEST_FIRST if config.precision == "auto" else (config.precision,)
-    if reads_base:
+    if reads_base or shards > 1:
         precisions = tuple(p for p in precisions if p == "bf16")
     counts = {"auto": range(count + 1), "none": (0,), "all": (count,)}
     recomputed = counts.get(config.gradient_checkpointing) or (min(int(config.gradient_checkpointing), count),)
     swapped = range(count + 1) if config.blocks_to_swap is None else (min(config.blocks_to_swap, count),)
-    adapts_modulation = bool(_block(config) is SAVED["all-linear"])
+    # Ahead only where nothing that is trained has a part in it: a LoRA on its linears, or on CLIP.
+    adapts_modulation = _block(config) is SAVED["all-linear"] or config.train_text_encoder
     ahead = (False, True) if config.precompute_modulation is None else (config.precompute_modulation,)
     for precision, k, s, m in product(precisions, recomputed, swapped, ahead):
         if (s and k < count) or (m and adapts_modulation) or (s and precision == "nf4"):
             continue  # a swapped block's weights are gone when its backward wants them, unless it runs again
-        yield MemoryPlan(precision, k, s, m)
+        if shards > 1 and (s or m):
+            continue
+        yield MemoryPlan(precision, k, s, m, shards)
 
 
-def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> list[Estimate]:
+def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate]:
     """The plans that fit, the fastest first. nf4 comes last, for it alone loses exactness that shows."""
-    found = [estimate(plan, shapes, config, speed) for plan in candidates(shapes, config)]
+    found = [estimate(plan, shapes, config, speed) for plan in candidates(shapes, config, shards)]
     found = [e for e in found if e.bytes <= gpu_bytes and e.host_bytes <= host_bytes]
 
     def rank(e: Estimate) -> tuple[object, ...]:
@@ -222,11 +235,11 @@ def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float,
     return sorted(found, key=rank)
 
 
-def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> list[Estimate]:
+def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate]:
     """The fastest plan that fits, and after it those that take less memory, each the fastest of its kind; a UserError that says what would fit."""
-    found = fitting(shapes, config, speed, gpu_bytes, host_bytes)
+    found = fitting(shapes, config, speed, gpu_bytes, host_bytes, shards)
     if not found:
-        raise _does_not_fit(shapes, config, speed, gpu_bytes, host_bytes)
+        raise _does_not_fit(shapes, config, speed, gpu_bytes, host_bytes, shards)
     lighter = found[:1]
     for candidate in found[1:]:
         if candidate.bytes < 0.93 * lighter[-1].bytes:
@@ -234,16 +247,18 @@ def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, 
     return lighter
 
 
-def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float) -> UserError:
+def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int) -> UserError:
     """The sentence, with the settings that would fit."""
-    least = min((estimate(plan, shapes, config, speed) for plan in candidates(shapes, config)), key=lambda e: e.bytes, default=None)
+    least = min((estimate(plan, shapes, config, speed) for plan in candidates(shapes, config, shards)), key=lambda e: e.bytes, default=None)
+    if least is None and shards > 1:
+        return UserError("these settings exclude each other: a base divided among GPUs (FSDP) stays on them and in bf16, without precompute_modulation")
     if least is None:
         return UserError("these settings exclude each other: DoRA and PiSSA need precision bf16, and swapped blocks are recomputed and not nf4")
     free: dict[str, object] = {"precision": "auto", "gradient_checkpointing": "auto", "blocks_to_swap": None, "precompute_modulation": None}
     changes: list[dict[str, object]] = [free, {"batch_size": 1}, free | {"batch_size": 1}]
     changes += [free | {"batch_size": 1, "resolution": str(px)} for px in (1024, 768, 512, 256) if px <= max(config.resolutions_px)]
     for change in changes:
-        if fitting(shapes, config.model_copy(update=change), speed, gpu_bytes, host_bytes):
+        if fitting(shapes, config.model_copy(update=change), speed, gpu_bytes, host_bytes, shards):
             flags = {f"--{name.replace('_', '-')}": value for name, value in change.items() if value != getattr(config, name)}
             hint = "these would fit: " + " ".join(f"{flag} {value}" if value is not None else f"(no {flag})" for flag, value in flags.items())
             break

@@ -1,5 +1,7 @@
 """Which plans fit the machine at hand: the arithmetic of train/plan.py on what is free here."""
 
+from dataclasses import replace
+
 import torch
 
 from lorabooth.config import TrainConfig
@@ -13,23 +15,32 @@ HOST_SHARE = 0.8
 """How much of the host's free memory pinned weights may take; the operating system needs the rest."""
 
 
-def plans_for(config: TrainConfig, family: Flux1, device: torch.device) -> list[Estimate]:
-    """The plan for this device, and lighter ones after it. On a CPU there is nothing to fit: what the recipe asks for, in fp32."""
+def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: int = 1) -> list[Estimate]:
+    """The plan for this device, and lighter ones after it. On a CPU there is nothing to fit: what the recipe asks for, in fp32.
+
+    shards: how many processes divide the base among them.
+    """
     shapes = shapes_of(config, family)
     if device.type == "cuda":
         speed = measured()
         torch.cuda.empty_cache()  # what the measuring took is free again
-        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE)
+        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE, shards)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
     words = {"auto": count if swapped else 0, "none": 0, "all": count}
     asked = words.get(config.gradient_checkpointing)
     recomputed = min(int(config.gradient_checkpointing), count) if asked is None else asked
     precision = "fp32" if config.precision in ("auto", "bf16") else config.precision
-    plan = MemoryPlan(precision, recomputed, swapped, bool(config.precompute_modulation))
+    plan = MemoryPlan(precision, recomputed, swapped, bool(config.precompute_modulation), shards)
     return [estimate(plan, shapes, config, Speed(0.1, 10, 10, "the CPU"))]
 
 
 def shapes_of(config: TrainConfig, family: Flux1) -> Shapes:
     """The sizes of a recipe's base and LoRA, from its configs alone."""
-    return Shapes.of(family.empty_transformer(), LoraSpec.of(config), family.text_tokens)
+    shapes = Shapes.of(family.empty_transformer(), LoraSpec.of(config), family.text_tokens)
+    if not config.train_text_encoder:
+        return shapes
+    clip = family.empty_clip()
+    weights = sum(p.numel() for p in clip.parameters())
+    adapted = LoraSpec.of(config).attach_clip(clip, config.seed)
+    return replace(shapes, text_encoder=weights, lora=shapes.lora + sum(p.numel() for p in adapted))

@@ -12,7 +12,7 @@ from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
 from lorabooth.runs import publish
 from train.encode import preview_stem
 from train.trackers import log_pictures
-from train.trainer import Trainer, with_weights
+from train.trainer import Trainer, evaluating, with_weights
 
 PREVIEW_STEPS = 20
 PREVIEW_GUIDANCE = 3.5
@@ -25,16 +25,16 @@ def preview(trainer: Trainer) -> None:
     if not config.preview_every:
         return
     px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
-    trainer.transformer.eval()
     latents = []
-    with with_weights(trainer, trainer.state.ema):
+    with with_weights(trainer, trainer.state.ema), evaluating(trainer):
         for i in range(len(config.preview_prompts)):
-            conditioning = trainer.cache.conditioning([preview_stem(i)])
+            cached = trainer.cache.conditioning([preview_stem(i)])
             start = sampling.noise(config.preview_seed, px, px)
             sigmas = family.sigmas(PREVIEW_STEPS, start[0, 0].numel() // 4)[:-1]
-            with trainer.modulation.sampling(sigmas, PREVIEW_GUIDANCE, conditioning.pooled) if trainer.modulation else nullcontext():
-                latents.append(sampling.denoise(family, trainer.transformer, conditioning, start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
-    trainer.transformer.train()
+            with trainer.modulation.sampling(sigmas, PREVIEW_GUIDANCE, cached.pooled) if trainer.modulation else nullcontext():
+                latents.append(sampling.denoise(family, trainer.transformer, trainer.conditioned(cached), start, PREVIEW_STEPS, PREVIEW_GUIDANCE))
+    if not trainer.accelerator.is_main_process:  # it was here to put a divided base together
+        return
     run_dir.samples.mkdir(exist_ok=True)
     pictures = _decoded(trainer, torch.cat(latents))
     log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from lorabooth import consent
 from lorabooth.runs import RunDir, write_durable
 
 STYLE = (
@@ -19,10 +20,12 @@ def write(run: RunDir) -> Path:
     config = run.config
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.recipe().items())
     validation = f"<h2>Loss of the photos held out</h2>{loss_curve(run, 'validation')}" if config.validation_photos else ""
+    agreed = consent.recorded(run)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.trigger_word)} - lorabooth run</title><style>{STYLE}</style>'
         f"<h1>{html.escape(config.trigger_word)}</h1><p>A LoRA of {html.escape(config.model)}, {config.steps} steps. Use it: "
         f"<code>{html.escape(generate_command(run))}</code></p>"
+        f"{f'<p>{html.escape(agreed.sentence())}</p>' if agreed else ''}"
         f"<h2>Previews</h2>{_previews(run)}<h2>Loss</h2>{loss_curve(run)}{validation}<h2>Recipe</h2><table>{rows}</table></html>"
     )
     file = run.path / "report.html"

@@ -6,18 +6,21 @@ On a CPU both are fp32 and the same tensors.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from lorabooth.config import TrainConfig
-from lorabooth.families.flux1 import Flux1
+from lorabooth.device import base_dtype
+from lorabooth.families.flux1 import Conditioning, Flux1
 from lorabooth.runs import RunDir
 from train.checkpoint import TrainState
 from train.data import Cache, Sampler
 from train.modulation import Modulation
+from train.plan import MemoryPlan
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Trainer:
     config: TrainConfig
     family: Flux1
     accelerator: Accelerator
+    plan: MemoryPlan
     transformer: torch.nn.Module
     live: list[Tensor]
     """The LoRA's weights that the transformer computes with; those of the state, rounded."""
@@ -40,6 +44,21 @@ class Trainer:
     cache: Cache
     modulation: Modulation | None
     """Where the plan computes it ahead."""
+    text_encoder: CLIPTextModel | None = None
+    """Where it is trained, too."""
+
+    @property
+    def trained(self) -> list[torch.nn.Module]:
+        """The modules that have a LoRA."""
+        return [self.transformer, *([self.text_encoder] if self.text_encoder else [])]
+
+    def conditioned(self, cached: Conditioning) -> Conditioning:
+        """Cached prompts on the device in the base's precision; where CLIP is trained, with what it makes of them now."""
+        found = cached.to(self.accelerator.device, base_dtype(self.accelerator.device))
+        if self.text_encoder is None:
+            return found
+        assert cached.clip_ids is not None, "the cache was written without CLIP's token ids"
+        return replace(found, pooled=self.family.pooled(self.text_encoder, cached.clip_ids))
 
     @property
     def mixed(self) -> bool:
@@ -87,11 +106,13 @@ def with_weights(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(trainer: Trainer) -> Iterator[None]:
     """Without dropout."""
-    before = module.training
-    module.eval()
+    before = [module.training for module in trainer.trained]
+    for module in trainer.trained:
+        module.eval()
     try:
         yield
     finally:
-        module.train(before)
+        for module, training in zip(trainer.trained, before, strict=True):
+            module.train(training)

@@ -19,7 +19,7 @@ def measure(trainer: Trainer) -> float:
     """The mean loss of the held-out photos with the averaged weights, over `SIGMAS`."""
     plain = trainer.config.model_copy(update={"caption_dropout_rate": 0.0, "preservation_rate": 0.0})
     errors = []
-    with with_weights(trainer, trainer.state.ema), evaluating(trainer.transformer):
+    with with_weights(trainer, trainer.state.ema), evaluating(trainer):
         for item in validation_items(Manifest.load(trainer.run.path), trainer.config):
             batch = trainer.cache.batch([item], plain, random.Random(0))
             for i, sigma in enumerate(SIGMAS):

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from lorabooth import flow, hub, mini
+from lorabooth.device import sent
 from lorabooth.errors import UserError
 from lorabooth.swap import BlockSwap
 
@@ -43,6 +44,8 @@ TARGETS = {
     "all-linear": rf"{BLOCK}({ATTENTION}|{FEED_FORWARD}|{NORMS})",
 }
 """Regular expressions (full match) over module names of the transformer."""
+CLIP_TARGETS = ("self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj")
+"""Ends of the names of the layers of CLIP that get a LoRA where CLIP is trained, as in diffusers' script."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,15 @@ class TextEncoders:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: embeds [B, L, D] from T5, pooled [B, P] from CLIP."""
+    """Encoded prompts: embeds [B, L, D] from T5, pooled [B, P] from CLIP, and the token ids [B, 77] that CLIP made it from, for training it."""
 
     embeds: Tensor
     pooled: Tensor
+    clip_ids: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
         """The same on another device or in another precision."""
-        return Conditioning(self.embeds.to(device, dtype), self.pooled.to(device, dtype))
+        return Conditioning(sent(self.embeds, device).to(dtype), sent(self.pooled, device).to(dtype), self.clip_ids)
 
 
 Part = TypeVar("Part")
@@ -140,23 +144,44 @@ class Flux1:
         """Length to which T5 pads a prompt: 512 for FLUX.1-dev."""
         return min(hub.component_config(self.model, "tokenizer_2", "tokenizer_config.json")["model_max_length"], T5_TOKENS)
 
+    def clip(self, device: torch.device, dtype: torch.dtype) -> CLIPTextModel:
+        """The CLIP text encoder, frozen."""
+        return _frozen(self._load(CLIPTextModel, "text_encoder", dtype=dtype, use_safetensors=True), device)
+
+    def empty_clip(self) -> CLIPTextModel:
+        """CLIP on the meta device: names and shapes without memory."""
+        with init_empty_weights():
+            return CLIPTextModel(CLIPTextConfig(**hub.component_config(self.model, "text_encoder")))
+
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         """Both text encoders, frozen, with their tokenizers."""
         return TextEncoders(
             self._load(CLIPTokenizer, "tokenizer"),
             self._load(T5Tokenizer, "tokenizer_2"),
-            _frozen(self._load(CLIPTextModel, "text_encoder", dtype=dtype, use_safetensors=True), device),
+            self.clip(device, dtype),
             fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device),
         )
 
     @torch.no_grad()
     def encode_prompts(self, encoders: TextEncoders, prompts: list[str]) -> Conditioning:
         """Prompts -> conditioning. T5 is padded to its tokenizer's own length (512 for dev): FLUX has no text mask."""
-        clip = encoders.tokenizer(prompts, padding="max_length", max_length=encoders.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        clip = self.clip_ids(encoders.tokenizer, prompts)
         t5 = encoders.tokenizer_2(prompts, padding="max_length", max_length=t5_length(encoders.tokenizer_2), truncation=True, return_tensors="pt").input_ids
-        pooled = encoders.text_encoder(clip.to(encoders.text_encoder.device)).pooler_output
+        pooled = self.pooled(encoders.text_encoder, clip)
         embeds = encoders.text_encoder_2(t5.to(encoders.text_encoder_2.device))[0]
-        return Conditioning(embeds, pooled)
+        return Conditioning(embeds, pooled, clip)
+
+    @staticmethod
+    def clip_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+        """Prompts as CLIP reads them: token ids [B, 77]."""
+        ids: Tensor = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        return ids
+
+    @staticmethod
+    def pooled(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
+        """CLIP's one vector for each prompt, [B, P], of token ids [B, 77]."""
+        vectors: Tensor = text_encoder(sent(ids, text_encoder.device)).pooler_output
+        return vectors
 
     def cut(self, prompt: str) -> str:
         """The end of a prompt that does not fit T5's length and will not be seen; empty where all fits."""

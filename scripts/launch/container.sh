@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train in a rented GPU container (an image with CUDA and Python 3.11-3.13): scripts/launch/container.sh photos.zip --trigger TOK [options of lorabooth train]
+# Train in a rented GPU container (an image with CUDA and Python 3.11-3.13): scripts/launch/container.sh photos.zip --trigger TOK --consent [options of lorabooth train]
+# --consent says that everyone in the photos has agreed: there is no terminal to ask at.
 # It goes on when the connection is lost, and models and runs are kept on the volume (VOLUME, else /workspace). Needs HF_TOKEN for FLUX.1-dev.
 set -euo pipefail
 volume="${VOLUME:-/workspace}"

@@ -1,0 +1,125 @@
+"""A LoRA on CLIP beside the transformer's: trained, saved, resumed, and read by others."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from infer.engine import Engine
+from infer.loras import LoraChoice, resolve
+from infer.request import Request
+from lorabooth.cli import main
+from lorabooth.config import load_config
+from lorabooth.errors import UserError
+from lorabooth.families import load_family
+from lorabooth.lora import LoraFile
+from lorabooth.runs import RunDir
+from train import fit
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.plan import ASSUMED, GB, fitting
+from train.planning import shapes_of
+from train.trainer import with_weights
+
+
+@pytest.fixture(scope="module")
+def clip_run(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip") / "run"
+    assert main([*tiny_command, "--train-text-encoder", "true", "--lora-alpha", "8", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(clip_run: Path, tmp_path: Path) -> RunDir:
+    """A copy of the run, to go on with."""
+    return RunDir(Path(shutil.copytree(clip_run, tmp_path / "run")))
+
+
+def trainer_of(run: RunDir) -> fit.Trainer:
+    return fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
+
+
+def pixels(engine: Engine, loras: tuple[LoraChoice, ...]) -> np.ndarray:
+    request = Request("a portrait of TOK", 64, 64, seed=5, num_inference_steps=4)
+    return np.asarray(next(engine.generate(request, loras)).image, dtype=np.int16)
+
+
+def test_plain_diffusers_reads_both_parts_and_makes_the_picture_that_the_generator_makes(clip_run: Path, mini_pipe: FluxPipeline, tmp_path: Path):
+    keys = set(load_file(clip_run / "lora.safetensors"))
+    for side in "AB":
+        assert f"text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_{side}.weight" in keys
+    assert sum(key.startswith("text_encoder.") for key in keys) == 2 * 4 * 2, "four linears in each of mini's two layers"
+    mini_pipe.load_lora_weights(str(clip_run / "lora.safetensors"))
+    try:
+        pooled = mini_pipe.encode_prompt("a portrait of TOK", None, max_sequence_length=48)[1]
+        image = mini_pipe(
+            "a portrait of TOK", height=64, width=64, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=48,
+            generator=torch.Generator().manual_seed(5),
+        ).images[0]  # fmt: skip
+    finally:
+        mini_pipe.unload_lora_weights()
+    plain = mini_pipe.encode_prompt("a portrait of TOK", None, max_sequence_length=48)[1]
+    engine, choice = Engine("mini"), resolve(str(clip_run))
+    assert_close(engine._encode("a portrait of TOK", (choice,)).pooled, pooled, rtol=1e-5, atol=1e-5)
+    assert (pooled - plain).abs().max() > 0.01, "the part for CLIP changes nothing, so the comparison above shows nothing"
+    assert np.abs(pixels(engine, (choice,)) - np.asarray(image, dtype=np.int16)).max() <= 2
+
+
+def test_the_weight_of_a_lora_is_that_of_its_clip_part_too(clip_run: Path, tmp_path: Path):
+    engine, choice = Engine("mini"), resolve(str(clip_run))
+    prompt = "a portrait of TOK"
+    without = engine._encode(prompt, ()).pooled
+    whole, half, none = (engine._encode(prompt, (LoraChoice(choice.file, weight),)).pooled for weight in (1.0, 0.5, 0.0))
+    assert_close(none, without, rtol=1e-5, atol=1e-5)
+    assert 0.2 < (half - without).norm() / (whole - without).norm() < 0.8
+    # The same file without that part: the prompt is encoded as without a LoRA, and the picture is another one.
+    state = {key: t for key, t in load_file(clip_run / "lora.safetensors").items() if key.startswith("transformer.")}
+    save_file(state, tmp_path / "part.safetensors")
+    part = LoraChoice(LoraFile.read(tmp_path / "part.safetensors"), 1.0)
+    assert engine._encode(prompt, (part,)).pooled is without
+    assert np.abs(pixels(engine, (part,)) - pixels(engine, (choice,))).max() > 2
+
+
+def test_a_resumed_run_gives_the_same_bytes(run: RunDir):
+    def weights(trainer: fit.Trainer) -> list[torch.Tensor]:
+        return [t.detach().clone() for t in (*trainer.state.parameters, *trainer.state.ema)]
+
+    shutil.rmtree(run.checkpoints)
+    trainer = trainer_of(run)
+    start = weights(trainer)
+    fit.train_step(trainer)
+    save_checkpoint(run, trainer.state)
+    fit.train_step(trainer)
+    resumed = trainer_of(run)
+    load_checkpoint(run, resumed.state)
+    fit.train_step(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(resumed), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(trainer), start, strict=True)), "a part of the LoRA was not trained"
+
+
+def test_other_weights_are_shown_to_clip_too(run: RunDir):
+    trainer = trainer_of(run)
+    load_checkpoint(run, trainer.state)
+    cached = trainer.cache.conditioning(["trigger"])
+    with with_weights(trainer, trainer.untrained):
+        assert_close(trainer.conditioned(cached).pooled, cached.pooled, rtol=1e-5, atol=1e-5)
+    assert (trainer.conditioned(cached).pooled - cached.pooled).abs().max() > 0.01
+
+
+def test_the_modulation_is_not_computed_ahead_and_clip_has_its_place_in_the_plan():
+    config = load_config(None, {"trigger_word": "TOK", "model": "mini", "train_text_encoder": True})
+    shapes = shapes_of(config, load_family("mini"))
+    plain = shapes_of(load_config(None, {"trigger_word": "TOK", "model": "mini"}), load_family("mini"))
+    clip = load_family("mini").clip(torch.device("cpu"), torch.float32)
+    assert shapes.text_encoder == sum(p.numel() for p in clip.parameters())
+    assert shapes.lora - plain.lora == 2 * 4 * 16 * (128 + 128), "two layers of four linears of 128 x 128, rank 16"
+    found = fitting(shapes, config, ASSUMED, 8 * GB, 8 * GB)
+    assert found and not any(estimate.plan.precomputed for estimate in found)
+    assert all(estimate.items["text encoder"] == 2 * shapes.text_encoder for estimate in found)
+    with pytest.raises(UserError, match="precompute_modulation needs the pooled prompts ahead"):
+        load_config(None, {"trigger_word": "TOK", "train_text_encoder": True, "precompute_modulation": True})
