@@ -40,7 +40,7 @@ def check(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Look at PHOTOS (a zip, a folder or a run) and say what is wrong with which of them, and what the set lacks.
+    """Look at PHOTOS (a zip, a tar, a folder or a run) and say what is wrong with which of them, and what the set lacks.
 
     The verdict is ready, usable or not yet; the exit code of "not yet" is 1. Nothing is changed: --fix writes an upright sRGB copy
     without duplicates and unreadable files, with captions and masks. docs/photos.md lists all findings and limits.
