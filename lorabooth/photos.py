@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import sqrt
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -181,7 +182,10 @@ class _Intake:
         self.left_out: list[tuple[str, str]] = []
         self.texts = 0
         self.rejects: list[str] = []
-        self._stored: dict[str, str] = {}
+        self._stored: dict[str, tuple[str, str]] = {}
+        """Digest of a picture -> its name and key."""
+        self._twins: dict[str, str] = {}
+        """Key of a picture that came again -> key of the one that was taken."""
 
     def add(self, entry: Entry) -> None:
         """Take one entry as photo or caption, or note why not."""
@@ -212,8 +216,9 @@ class _Intake:
         digest = sha256(stored).hexdigest()
         # The same pixels give the same file, whatever format they came in.
         if digest in self._stored:
-            raise LeftOut(SAME_PICTURE + self._stored[digest])
-        self._stored[digest] = name
+            kept, self._twins[key] = self._stored[digest]
+            raise LeftOut(SAME_PICTURE + kept)
+        self._stored[digest] = name, key
         file = f"{len(self.photos) + 1:05d}.png"
         write_durable(self.folder / file, stored)
         photo = Photo(file, name, image.width, image.height, digest, None)
@@ -248,6 +253,8 @@ class _Intake:
 
     def manifest(self) -> Manifest:
         """The photos with their captions, and the notes."""
+        for found in (self.captions, self.masks):
+            self._hand_over(found)
         photos = [replace(self._with_own_mask(photo, key), caption=self.captions.get(key, ("", None))[1]) for photo, key in self.photos]
         users = Counter(key for _, key in self.photos)
         for key, (name, _) in [*self.masks.items(), *self.captions.items()]:
@@ -256,6 +263,15 @@ class _Intake:
         shared = [f"{name} is the caption of {users[key]} photos of its name" for key, (name, _) in self.captions.items() if users[key] > 1]
         few = [few_note(len(photos))] if len(photos) <= FEW_PHOTOS else []
         return Manifest(tuple(photos), (*self.notes, *shared, *few), tuple(self.left_out))
+
+    def _hand_over(self, found: dict[str, Any]) -> None:
+        """Give what belongs to a picture that came again to the one that was taken, unless that has its own."""
+        for key, kept in self._twins.items():
+            if key != kept and key in found and not any(key == other for _, other in self.photos):
+                belonging = found.pop(key)
+                if kept in found:
+                    self.leave_out(belonging[0], f"is of a picture that came twice, and {found[kept][0]} is of it too")
+                found.setdefault(kept, belonging)
 
     def _with_own_mask(self, photo: Photo, key: str) -> Photo:
         """The photo with the mask of its name, where there is one and it has the photo's shape."""

@@ -32,7 +32,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
         lines = [
             line
             for line in captured.err.replace("\r", "\n").splitlines()
-            if line.strip() and not re.search(r"\d%\||file/s\]", line) and not line.startswith("note: ")
+            if line.strip() and not re.search(r"\d%\||file/s\]", line) and not line.startswith(("note: ", "check: "))
         ]
         assert len(lines) in (1, 2) and lines[0].startswith("lorabooth"), captured.err
         assert len(lines) == 1 or lines[1].startswith("  "), captured.err

@@ -200,6 +200,17 @@ def test_the_second_of_two_equal_pictures_is_left_out(tmp_path: Path):
     assert "b.bmp is the same picture as a.png: left out" in manifest.notes
 
 
+def test_what_belongs_to_the_second_of_two_equal_pictures_goes_to_the_first(tmp_path: Path):
+    files = {"a.png": encoded(corners()), "b.bmp": encoded(corners(), "BMP"), "b.txt": b"TOK", "b.mask.png": encoded(Image.new("L", (32, 20), 255))}
+    manifest, _ = ingested(tmp_path, files)
+    assert [(photo.original, photo.caption, photo.mask_sha256 is not None) for photo in manifest.photos] == [("a.png", "TOK", True)]
+    assert not any("b.txt" in note for note in manifest.notes)
+
+    manifest, _ = ingested(tmp_path, files | {"a.txt": b"TOK smiles"}, run="both")
+    assert manifest.photos[0].caption == "TOK smiles"
+    assert "b.txt is of a picture that came twice, and a.txt is of it too: left out" in manifest.notes
+
+
 def test_captions_belong_to_the_photo_of_their_folder_and_name_in_any_case(tmp_path: Path):
     a, b, c = (encoded(Image.new("RGB", (16, 16), colour)) for colour in ("red", "lime", "blue"))
     files = {"x/A.PNG": a, "x/a.Txt": b"\xef\xbb\xbfin x\n", "y/a.png": b, "z/e\u0301.png": c, "z/\u00e9.txt": b"accent"}
