@@ -1,7 +1,11 @@
 """`Request`: what one generation asks for, checked; names, defaults and sizes as the hosted generators have them."""
 
+import hashlib
 import random
 from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
 
 from lorabooth.errors import UserError
 
@@ -17,8 +21,39 @@ PROMPT_CHARACTERS_LIMIT = 3_000
 
 
 @dataclass(frozen=True)
+class Source:
+    """A picture to start from. Where a mask is given, only what is white in it changes.
+
+    prompt_strength: how much may change, from 0 (nothing) to 1 (all); the share of the denoising steps that is done.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None = None
+    prompt_strength: float = 0.8
+
+    def __post_init__(self) -> None:
+        _within("prompt_strength", self.prompt_strength, 0, 1)
+        if self.mask is not None and self.mask.size != self.image.size:
+            raise UserError(
+                f"the mask is {self.mask.width} x {self.mask.height} px and the picture {self.image.width} x {self.image.height}; they must be of one size"
+            )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the picture's pixels, and of the mask's."""
+        digest = hashlib.sha256(self.image.convert("RGB").tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.convert("L").tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class Request:
-    """One generation: `num_outputs` pictures, output i with seed + i."""
+    """One generation: `num_outputs` pictures, output i with seed + i.
+
+    guidance_scale goes into FLUX.1-dev's guidance embedding. true_cfg_scale above 1 is classifier-free guidance (Ho and
+    Salimans 2022, arXiv 2207.12598) away from negative_prompt, and doubles the time.
+    """
 
     prompt: str
     width_px: int
@@ -27,17 +62,24 @@ class Request:
     num_outputs: int = 1
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
+    negative_prompt: str = ""
+    true_cfg_scale: float = 1.0
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise UserError("the prompt is empty", hint='say what to draw, such as "a portrait of TOK at a conference"')
-        if len(self.prompt) > PROMPT_CHARACTERS_LIMIT:
-            raise UserError(f"the prompt has {len(self.prompt):,} characters; the limit is {PROMPT_CHARACTERS_LIMIT:,}")
-        if any("\ud800" <= character <= "\udfff" for character in self.prompt):  # how Python passes on bytes that are not UTF-8
-            raise UserError("the prompt is not valid text in UTF-8")
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            if len(text) > PROMPT_CHARACTERS_LIMIT:
+                raise UserError(f"the {name} has {len(text):,} characters; the limit is {PROMPT_CHARACTERS_LIMIT:,}")
+            if any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes on bytes that are not UTF-8
+                raise UserError(f"the {name} is not valid text in UTF-8")
+        if self.negative_prompt and self.true_cfg_scale == 1:
+            raise UserError("a negative prompt needs a true_cfg_scale above 1 to do anything", hint="use --true-cfg 3, say; it doubles the time")
         _within("num_outputs", self.num_outputs, 1, 64)
         _within("num_inference_steps", self.num_inference_steps, 1, 50)
         _within("guidance_scale", self.guidance_scale, 0, 10)
+        _within("true_cfg_scale", self.true_cfg_scale, 1, 10)
         _within("seed", self.seed, 0, 2**32 - 1)
         for name, value in (("width", self.width_px), ("height", self.height_px)):
             _within(name, value, 64, 1536)
