@@ -1,5 +1,7 @@
 """The flow maths and the sampling loop, against diffusers' own pipeline."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
@@ -88,7 +90,7 @@ def test_a_mask_keeps_what_it_does_not_name_and_guidance_takes_the_prompt_that_i
     ours = sampling.denoise(family, transformer, wanted, drawn, 4, 3.5, None, sampling.Negative(unwanted, 2.0), sampling.Known(picture, 0.5, mask))
     # The same, stated without packing and in the words of the papers.
     x, sigmas = None, family.sigmas(4, 16)[2:]
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         x = (1 - sigma) * picture + sigma * drawn if x is None else x
 
         def velocity(conditioning: Conditioning, x: torch.Tensor = x, sigma: torch.Tensor = sigma) -> torch.Tensor:

@@ -20,15 +20,17 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.lora import LoraSpec, shorten
+from lorabooth.quantized import QuantizedLinear, quantized
 from lorabooth.runs import RunDir
+from lorabooth.sizes import GB, blocks_of
+from lorabooth.speed import ASSUMED
 from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
 from train import trainer as trainer_room
 from train.placement import place, start_plan
-from train.plan import ASSUMED, GB, MemoryPlan, Shapes, blocks_of, choose, fitting
+from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import plans_for, shapes_of
-from train.quantized import QuantizedLinear, quantized
 
 CPU = torch.device("cpu")
 HOST_BYTES = 60 * GB

@@ -20,9 +20,11 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile
 from lorabooth.runs import RunDir
+from lorabooth.sizes import GB
+from lorabooth.speed import ASSUMED
 from train import fit
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.plan import ASSUMED, GB, fitting
+from train.plan import fitting
 from train.planning import shapes_of
 from train.trainer import with_weights
 

@@ -209,12 +209,16 @@ class Flux1:
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents).sample
 
-    def velocity(self, transformer: torch.nn.Module, x: Tensor, sigma: Tensor, guidance: float, conditioning: Conditioning, image_ids: Tensor) -> Tensor:
-        """Predicted velocity [B, N, 64] of packed latents x [B, N, 64] at noise levels sigma [B]; image_ids [N, 3]."""
+    def velocity(
+        self, transformer: torch.nn.Module, x: Tensor, sigma: Tensor, guidance: float | Tensor, conditioning: Conditioning, image_ids: Tensor
+    ) -> Tensor:
+        """Predicted velocity [B, N, 64] of packed latents x [B, N, 64] at noise levels sigma [B]; image_ids [N, 3]; one guidance, or one for each [B]."""
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((x.shape[0],), guidance, device=x.device, dtype=torch.float32)
         return transformer(
             hidden_states=x,
             timestep=sigma.to(x.dtype),  # the library multiplies by 1000 inside
-            guidance=torch.full((x.shape[0],), guidance, device=x.device, dtype=torch.float32) if self.uses_guidance else None,
+            guidance=guidance if self.uses_guidance else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.embeds,
             txt_ids=flow.text_ids(conditioning.embeds.shape[1], x.device, x.dtype),
