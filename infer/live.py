@@ -5,7 +5,7 @@ a step costs what it costs without a LoRA, and a compiled transformer stays comp
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,36 +16,42 @@ from lorabooth.lowrank import LowRank
 
 @dataclass(frozen=True)
 class Weighted:
-    """What one LoRA adds to each module of the transformer, and how much of it is wanted."""
+    """What one LoRA adds to each module of a model, and how much of it is wanted. Two are equal by the hash of their file and their weight."""
 
-    layers: dict[str, LowRank]
+    sha256: str
     weight: float
+    layers: dict[str, LowRank] = field(compare=False, repr=False)
 
 
 class LiveWeights:
-    """The linears of a transformer whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host."""
+    """The linears of a model whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host."""
 
-    def __init__(self, transformer: nn.Module, keep_on: torch.device):
-        self.transformer, self.keep_on = transformer, keep_on
+    def __init__(self, model: nn.Module, keep_on: torch.device):
+        self.keep_on = keep_on
+        self.applied: tuple[Weighted, ...] = ()
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         self._untouched: dict[str, Tensor] = {}
         self._changed: set[str] = set()
 
     @torch.no_grad()
     def apply(self, loras: tuple[Weighted, ...]) -> None:
         """Make the weights those of the base with exactly these LoRAs."""
+        if loras == self.applied:
+            return
         wanted: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
         for lora in loras:
             for module, low_rank in lora.layers.items():
                 wanted[module].append((low_rank, lora.weight))
-        stale, self._changed = self._changed | wanted.keys(), self._changed | wanted.keys()
-        for module in stale:
-            live = cast(nn.Linear, self.transformer.get_submodule(module)).weight
+        stale = self._changed | wanted.keys()
+        self._changed = stale  # should this break off, the next one mends all that it may have touched
+        self.applied = (Weighted("broken off", 0, {}),)
+        for module in sorted(stale):
+            live = self._linears[module].weight
             if module not in self._untouched:
                 kept = live.detach().to(self.keep_on, copy=True)
                 self._untouched[module] = kept.pin_memory() if live.is_cuda and not kept.is_cuda else kept
-            base = self._untouched[module].to(live.device, non_blocking=True)
-            merge(base, wanted.get(module, []), live.data)
-        self._changed = set(wanted)
+            merge(self._untouched[module].to(live.device, non_blocking=True), wanted.get(module, []), live.data)
+        self._changed, self.applied = set(wanted), loras
 
 
 @torch.no_grad()
@@ -57,14 +63,22 @@ def merge(base: Tensor, loras: list[tuple[LowRank, float]], out: Tensor) -> None
     if not loras:
         out.copy_(base)
         return
-    start = base
-    ups, downs = [], []
+    if len(loras) == 1 and loras[0][0].magnitude is None:
+        one, weight = loras[0]
+        torch.addmm(base, one.up.to(base.device, base.dtype), one.down.to(base.device, base.dtype), alpha=weight, out=out)
+        return
+    start, ups, downs = base, [], []
     for low_rank, weight in loras:
         down, up = low_rank.down.to(base.device, torch.float32), low_rank.up.to(base.device, torch.float32)
         if low_rank.magnitude is not None:
-            gain = low_rank.magnitude.to(base.device) / (base.float() + up @ down).norm(dim=1)
+            gain = gain_of(base.float(), low_rank, up @ down)
             up = gain[:, None] * up
             start = start + (weight * (gain - 1)[:, None] * base).to(base.dtype)
         ups.append(weight * up)
         downs.append(down)
     torch.addmm(start, torch.cat(ups, 1).to(base.dtype), torch.cat(downs).to(base.dtype), out=out)
+
+
+def gain_of(base: Tensor, low_rank: LowRank, change: Tensor) -> Tensor:
+    """By how much DoRA lengthens each row of base + change (both [out, in], fp32): [out] (Liu et al. 2024, arXiv 2402.09353, eq. 5)."""
+    return cast(Tensor, low_rank.magnitude).to(base.device, torch.float32) / (base + change).norm(dim=1)

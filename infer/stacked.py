@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from infer.live import Weighted
+from infer.live import Weighted, gain_of
 from lorabooth.errors import UserError
 
 RANK_STEP = 16
@@ -110,9 +110,9 @@ class StackedLoras:
                 layer.gain[place].fill_(1)
             start = 0
             for low_rank, weight in ours:
-                down, up = low_rank.down.to(self.device), low_rank.up.to(self.device)
+                down, up = low_rank.down.to(self.device, torch.float32), low_rank.up.to(self.device, torch.float32)
                 if low_rank.magnitude is not None:
-                    gain = low_rank.magnitude.to(self.device) / (whole_weight(layer.base) + up @ down).norm(dim=1)
+                    gain = gain_of(whole_weight(layer.base), low_rank, up @ down)
                     up = gain[:, None] * up
                     if layer.gain is None:
                         layer.gain = torch.ones(self.places, layer.out_features, device=self.device)

@@ -153,13 +153,23 @@ class Flux1:
         with init_empty_weights():
             return CLIPTextModel(CLIPTextConfig(**hub.component_config(self.model, "text_encoder")))
 
-    def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-        """Both text encoders, frozen, with their tokenizers."""
+    def count_weights(self, component: str) -> int:
+        """How many weights the VAE or a text encoder has, from its config."""
+        config = hub.component_config(self.model, component)
+        with init_empty_weights():
+            if component == "vae":
+                part: torch.nn.Module = AutoencoderKL.from_config(config)
+            else:
+                part = T5EncoderModel(T5Config(**config)) if component == "text_encoder_2" else CLIPTextModel(CLIPTextConfig(**config))
+        return sum(p.numel() for p in part.parameters())
+
+    def text_encoders(self, device: torch.device, dtype: torch.dtype, free_bytes: float | None = None) -> TextEncoders:
+        """Both text encoders, frozen, with their tokenizers. free_bytes: room for T5 on the device; by itself what is free there."""
         return TextEncoders(
             self._load(CLIPTokenizer, "tokenizer"),
             self._load(T5Tokenizer, "tokenizer_2"),
             self.clip(device, dtype),
-            fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device),
+            fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device, free_bytes),
         )
 
     @torch.no_grad()
