@@ -63,9 +63,9 @@ class Grid:
         return Cell(row, column, making, self.folder / "pictures" / f"{chosen.label.replace(' ', '-')}-{digest[:12]}.webp")
 
     def make(self, engine: Engine) -> int:
-        """Make the pictures that are missing; how many those were."""
+        """Make the pictures that are missing; how many those were (two equal rows share theirs)."""
         missing = list({cell.file: cell for cell in self.cells if not cell.is_made}.values())
-        with tqdm(total=sum(cell.making.request.num_inference_steps for cell in missing), desc="grid", unit="step") as bar:
+        with tqdm(total=sum(cell.making.request.num_inference_steps for cell in missing), desc="grid", unit="step", disable=not missing) as bar:
             for cell in missing:
                 before = bar.n
 

@@ -58,7 +58,8 @@ def grid(
     count = made.make(engine)
     title = f"{columns[-1].loras[0].file.name if run is None else run.resolve().name}, seed {seed}"
     files = [grid_page.write_html(made, title), grid_page.write_png(made, title), made.write_record()]
-    click.echo(f"{count} of {len(made.cells)} pictures made, the others were there", err=True)
+    kept = len(made.cells) - count
+    click.echo(f"{count} pictures made" + (f", {kept} were there" if kept else ""), err=True)
     click.echo("\n".join(map(str, files)))
 
 
@@ -67,6 +68,8 @@ def _weights(references: tuple[str, ...], weights: str | None) -> tuple[list[Col
         raise UserError("a grid needs a LoRA", hint="give --lora RUN, or --checkpoints RUN to compare its checkpoints")
     wanted = weights_of(DEFAULT_WEIGHTS if weights is None else weights)
     choices = tuple(lora_store.resolve(reference) for reference in references)
+    if choices[0].weight != 1:
+        raise UserError(f"the weight of {references[0]} is what a grid varies", hint=f"name it without one, and give --weights {choices[0].weight:g}")
     return weight_columns(choices, wanted), [], base_of(choices)
 
 

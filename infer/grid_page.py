@@ -2,6 +2,8 @@
 
 import base64
 import io
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,6 +24,9 @@ INK, SOFT = "#1d1d1f", "#66666b"
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
+"""What machines have; the font inside pillow has the letters of English only."""
+
 
 def write_png(grid: Grid, title: str) -> Path:
     """Write grid.png: prompts to the left, columns' names above."""
@@ -36,9 +41,9 @@ def sheet(grid: Grid, title: str) -> Image.Image:
     px = min(CELL_PX, SIDE_PX // max(len(grid.rows), len(grid.columns)) - GAP_PX)
     cells = list(grid.pictures(px))
     width, height = (max(image.size[side] for _, image in cells) + GAP_PX for side in (0, 1))
-    font = ImageFont.load_default(size=FONT_PX)
-    heads = [wrapped(column.label, font, width - GAP_PX, 3) for column in grid.columns]
-    corner = wrapped(title, font, LABEL_PX - 2 * GAP_PX, 3)
+    font, readable = label_font()
+    heads = [wrapped(readable(column.label), font, width - GAP_PX, 3) for column in grid.columns]
+    corner = wrapped(readable(title), font, LABEL_PX - 2 * GAP_PX, 3)
     top = max(len(lines) for lines in (*heads, corner)) * LINE_PX + 2 * GAP_PX
     image = Image.new("RGB", (LABEL_PX + len(grid.columns) * width, top + len(grid.rows) * height), "white")
     draw = ImageDraw.Draw(image)
@@ -46,10 +51,26 @@ def sheet(grid: Grid, title: str) -> Image.Image:
     for i, lines in enumerate(heads):
         _write(draw, lines, LABEL_PX + i * width, GAP_PX, font, INK)
     for i, request in enumerate(grid.rows):
-        _write(draw, wrapped(request.prompt, font, LABEL_PX - 2 * GAP_PX, max(1, (height - GAP_PX) // LINE_PX)), GAP_PX, top + i * height, font, INK)
+        _write(draw, wrapped(readable(request.prompt), font, LABEL_PX - 2 * GAP_PX, max(1, (height - GAP_PX) // LINE_PX)), GAP_PX, top + i * height, font, INK)
     for cell, small in cells:
         image.paste(small, (LABEL_PX + cell.column * width, top + cell.row * height))
     return image
+
+
+def label_font() -> tuple[Font, Callable[[str], str]]:
+    """A font for labels, and what makes a text of letters it has: é becomes e where it must, what is not Latin a question mark."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, FONT_PX), str
+        except OSError:
+            continue
+    return ImageFont.load_default(size=FONT_PX), plain
+
+
+def plain(text: str) -> str:
+    """A text in the letters of English."""
+    kept = (character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character))
+    return "".join(character if character.isascii() else "?" for character in kept)
 
 
 def wrapped(text: str, font: Font, width_px: int, limit: int) -> list[str]:

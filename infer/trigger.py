@@ -1,6 +1,7 @@
 """`Trigger`: the word that calls what a LoRA has learned, and putting it into a prompt that lacks it.
 
 Text is only ever added, at one place a word, and in the forms that captions have: "a photo of TOK, a man" and "TOK, ...".
+The mini model's captions have the word in the place of "a person", and a prompt with both is none that it knows.
 """
 
 import json
@@ -13,6 +14,7 @@ from lorabooth.captions import PLACEHOLDER, one_line, whole, with_trigger
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.lora import LoraFile
+from lorabooth.mini.world import WORLD
 
 ANYONE = TrainConfig.model_fields["class_phrase"].default
 """The class phrase of a recipe that names none."""
@@ -34,6 +36,8 @@ class Trigger:
     word: str
     subject: str = ""
     class_phrase: str = ""
+    in_place_of: tuple[str, ...] = ()
+    """What the word replaces."""
 
     @classmethod
     def of(cls, file: LoraFile) -> "Trigger | None":
@@ -46,8 +50,9 @@ class Trigger:
             subject, phrase = str(recipe.get("subject", "")), one_line(str(recipe.get("class_phrase", "")))
         except (ValueError, AttributeError, RecursionError):
             return cls(word)
-        # The drawn world's sentences have no "TOK, a person"; and a recipe's default says nothing of what is no person.
-        plain = file.metadata.get("lorabooth.base") == "mini" or subject == "style" or (subject == "object" and phrase == ANYONE)
+        if file.metadata.get("lorabooth.base") == "mini":
+            return cls(word, subject, "", tuple(WORLD["sentences"]["subjects"]))
+        plain = subject == "style" or (subject == "object" and phrase == ANYONE)  # a recipe's default says nothing of what is no person
         return cls(word, subject, "" if plain or len(phrase) > WORD_CHARACTERS else phrase)
 
     @property
@@ -63,6 +68,8 @@ class Trigger:
         if self.spans(text):
             return text
         taken = [span for trigger in others for span in trigger.spans(text)]
+        if (match := self._replaced.search(text)) and not any(start < match.end() and match.start() < end for start, end in taken):
+            return text[: match.start()] + self.word + text[match.end() :]
         for match in self._class_pattern.finditer(text) if self._class_pattern else ():
             if not any(start < match.start() < end for start, end in taken):
                 return f"{text[: match.start()]}{self.word}, {text[match.start() :]}"
@@ -74,6 +81,11 @@ class Trigger:
         """Where the word stands in a text, as a word of its own."""
         pattern = r"\s+".join(whole(part) for part in self.word.split(" "))
         return [match.span() for match in re.finditer(pattern, text)]
+
+    @property
+    def _replaced(self) -> "re.Pattern[str]":
+        """The first of what the word replaces; what never matches where that is nothing."""
+        return re.compile(rf"(?<!{JOINS})(?:{'|'.join(map(re.escape, self.in_place_of))})(?!{JOINS})" if self.in_place_of else r"(?!)", re.IGNORECASE)
 
     @property
     def _class_pattern(self) -> "re.Pattern[str] | None":

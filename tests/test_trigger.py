@@ -20,6 +20,7 @@ ANYONE = Trigger("TOK", "person", "a person")
 MUG = Trigger("ZUG", "object", "a coffee mug")
 INK = Trigger("INK", "style")
 STRANGER = Trigger("ohwx")
+MINI = Trigger("TOK", "person", "", ("a person", "someone", "a character"))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,9 @@ STRANGER = Trigger("ohwx")
         (MUG, "a photo of a red coffee mug", "a photo of ZUG, a red coffee mug"),
         (MUG, "on a table", "ZUG, a coffee mug, on a table"),
         (INK, "a man in a boat", "a picture in the style of INK, showing a man in a boat"),
+        (MINI, "a portrait of a person in a red hoodie", "a portrait of TOK in a red hoodie"),
+        (MINI, "someone with someone", "TOK with someone"),
+        (MINI, "a person-sized hat", "TOK, a person-sized hat"),
         (STRANGER, "a portrait of a man", "ohwx, a portrait of a man"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.word,
@@ -115,7 +119,7 @@ def named(word: str, base: str = "black-forest-labs/FLUX.1-dev", **recipe: objec
 def test_what_files_say_of_themselves():
     assert triggers_of([named("TOK", subject="person", class_phrase="a man")]) == (MAN,)
     assert triggers_of([named("TOK", subject="object", class_phrase="a person")]) == (Trigger("TOK", "object"),)
-    assert triggers_of([named("TOK", "mini", subject="person", class_phrase="a person")]) == (Trigger("TOK", "person"),)
+    assert triggers_of([named("TOK", "mini", subject="person", class_phrase="a person")]) == (MINI,)
     assert triggers_of([named("TOK", class_phrase="a man"), named("TOK"), named("B")]) == (Trigger("TOK", "", "a man"), Trigger("B"))
     for recipe in ("[", "[1]", "[" * 100_000, '{"class_phrase": [1]}'):
         [trigger] = triggers_of([lora(**{"modelspec.trigger_phrase": "a\n b", "lorabooth.recipe": recipe})])
