@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from infer import loras as lora_store
 from infer import picture
-from infer.engine import Engine
+from infer.engine import Engine, Settings, steps_of
 from infer.loras import LoraChoice
+from infer.options import PictureOptions, engine_options, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
-from infer.request import ASPECT_RATIOS, FORMATS, Request, any_seed, size_for
+from infer.request import FORMATS, Request, any_seed
 from lorabooth.errors import UserError
 
 FULL_SIZE_ON_SHEET = 16
@@ -34,20 +35,16 @@ SMALL_PX = 320
 @click.option("--model", help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")
 @click.option("-n", "--num-outputs", type=int, default=1, show_default=True, help="Pictures to make; picture i has seed + i.")
 @click.option("--seed", type=int, help="Start of the noise; the same seed gives the same picture. [default: random, printed]")
-@click.option("--aspect-ratio", default="1:1", show_default=True, help=f"One of {', '.join(ASPECT_RATIOS)}.")
-@click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50.")
-@click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10.")
 @click.option("--format", "output_format", type=click.Choice(FORMATS), default="webp", show_default=True, help="File format.")
 @click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
+@picture_options
+@engine_options
 @prompt_options
 def generate(
-    prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None,
-    height: int | None, num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
-    prompt_options: PromptOptions,
+    prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, output_format: str, output_quality: int,
+    out: Path, as_json: bool, prompt_options: PromptOptions, picture_options: PictureOptions, settings: Settings, plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 
@@ -64,13 +61,13 @@ def generate(
       lorabooth generate --template all --lora runs/TOK-photos
     """
     choices = tuple(lora_store.resolve(reference) for reference in references)
-    engine = Engine(model or base_of(choices))
-    if width is None or height is None:
-        sized = size_for(aspect_ratio, engine.family.native_px)
-        width, height = sized[0] if width is None else width, sized[1] if height is None else height
+    if plan_of:
+        plan_of(model or base_of(choices))
+        return
+    engine = Engine(model or base_of(choices), settings)
     chosen = any_seed() if seed is None else seed
     prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
-    request = Request(prompts.texts[0], width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
+    request = picture_options.request(prompts.texts[0], chosen, num_outputs, engine.family.native_px)
     requests = prompts.requests(request)
     _notices(engine, requests, prompts, seed is None)
     files = write_pictures(engine, requests, choices, out, output_format, output_quality)
@@ -86,7 +83,8 @@ def write_pictures(
     taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
     first = max(taken, default=-1) + 1
     total = sum(request.num_outputs for request in requests)
-    with tqdm(total=sum(request.num_outputs * request.num_inference_steps for request in requests), desc="generate", unit="step") as bar:
+    engine.read(requests, choices)
+    with tqdm(total=sum(request.num_outputs * steps_of(request) for request in requests), desc="generate", unit="step") as bar:
         for request in requests:
             before = bar.n
 
