@@ -21,7 +21,8 @@ EVERYWHERE: tuple[Network, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0")
 PUBLIC_IPV6 = IPv6Network("2000::/3")
 # The prefixes of IPv6 under which an IPv4 address is spoken to: NAT64, and the two old forms that only carry one.
 CARRIES_IPV4 = (IPv6Network("64:ff9b::/96"), IPv6Network("::/96"))
-RELAYS = IPv4Network("192.88.99.0/24")
+# Reserved for relays of old and for documentation; not every Python that we run on knows these two.
+NOT_PUBLIC = (IPv4Network("192.88.99.0/24"), IPv6Network("3fff::/20"))
 
 
 def look_up(host: str, port: int) -> list[str]:
@@ -80,8 +81,10 @@ def is_public(address: Address) -> bool:
         inner = _inside(address)
         if inner != address:
             return is_public(inner)
-        return address in PUBLIC_IPV6 and address.scope_id is None and address.is_global
-    return address.is_global and not address.is_multicast and not address.is_reserved and address not in RELAYS
+        if address not in PUBLIC_IPV6 or address.scope_id is not None:
+            return False
+    special = address.is_multicast or address.is_reserved or any(address in network for network in NOT_PUBLIC)
+    return address.is_global and not special
 
 
 def _inside(address: Address) -> Address:
