@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lorabooth.runs import publish, sync_folder, write_durable
+from lorabooth.runs import publish, sha256_file, sync_folder, write_durable
 
 PART_SECONDS = 7 * 24 * 3600
 """What broke off longer ago than this is not gone on with."""
@@ -88,17 +88,18 @@ class LoraCache:
             return None
 
     def keep(self, digest: str) -> Kept | None:
-        """The file of this content, marked as used just now and in use until released; None where the cache lacks it."""
+        """The file of this content, marked as used just now and in use until released; None where the cache lacks it, or has it damaged."""
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             return None
         descriptor = os.open(self.locks / f"{digest}.use", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Only now: whoever deletes holds the lock meanwhile.
-            file = next(iter(sorted((self.files / digest).glob("*.safetensors"))), None)
-            if file is not None:
-                os.utime(file)
-                return Kept(file, descriptor)
+            for file in sorted((self.files / digest).glob("*.safetensors")):
+                if sha256_file(file) == digest:
+                    os.utime(file)
+                    return Kept(file, descriptor)
+                file.unlink(missing_ok=True)
         except BaseException:
             os.close(descriptor)
             raise
