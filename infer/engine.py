@@ -1,32 +1,59 @@
 """`Engine`: a loaded base model that makes pictures, with LoRAs applied per request. Knows no HTTP and no files but models.
 
-The text encoders are loaded for a prompt that is not in the cache of encoded prompts and leave before the transformer
-works, unless the model is small; so a bf16 FLUX.1-dev needs the memory of its transformer, not of the whole pipeline.
+A picture depends on its request and its seed alone: not on what was made before, nor on what is made beside it. On the CPU
+in fp32 that holds to the bit; on a GPU batches of other sizes are rounded differently, by at most a few levels of 255.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.loaders.lora_base import set_adapters_for_text_encoder
-from PIL import Image
-from safetensors import SafetensorError
+from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import CLIPTextModel
 
+from infer.adapters import Adapters
+from infer.base import Base
+from infer.live import Weighted
 from infer.loras import LoraChoice
-from infer.request import Request
+from infer.plan import Estimate, Needs, ServingPlan, choose, estimate
+from infer.request import Request, Source
 from lorabooth import sampling
-from lorabooth.device import base_dtype, check_gpu, check_memory, compute_device
+from lorabooth.device import base_dtype, check_gpu, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import Conditioning
+from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
+from lorabooth.machine import memory_bytes
+from lorabooth.sizes import BaseSizes
+from lorabooth.speed import Speed, measured
+
+HOST_SHARE = 0.8
+"""How much of the host's free memory pinned weights may take; the operating system needs the rest."""
+CPU_SPEED = Speed(0.1, 10, 10, "the CPU")
 
 Progress = Callable[[int, int], None]
 """Called after each denoising step: steps done, steps in all (over all outputs)."""
+Watch = Callable[[Tensor], None]
+"""Called after each step with the latents [B, 16, h, w] of the pictures that are expected so far."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine is to run: precision and blocks in host memory where the plan is not to choose; batch: pictures at once;
+    mixed: whether pictures with different LoRAs share a batch."""
+
+    precision: str = "auto"
+    swapped: int | None = None
+    batch: int = 1
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One picture to make: a request, which of its seeds, and its LoRAs."""
+
+    request: Request
+    seed: int
+    loras: tuple[LoraChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,117 +65,149 @@ class Output:
 
 
 class Engine:
-    """One base model, loaded part by part as it is needed."""
+    """One base model that makes pictures, one batch at a time; for one thread. A plan is made for pictures of native size."""
 
-    def __init__(self, model: str):
-        self.family = load_family(model)
+    def __init__(self, model: str, settings: Settings = Settings(), plan: ServingPlan | None = None):
+        self.family, self.settings = load_family(model), settings
         check_gpu(self.family.native_px, model)
         self.device = compute_device()
         self.dtype = base_dtype(self.device)
-        self._transformer: FluxTransformer2DModel | None = None
-        self._vae: AutoencoderKL | None = None
-        self._prompts: dict[tuple[str, tuple[tuple[str, float], ...]], Conditioning] = {}
-        self._applied: tuple[LoraChoice, ...] = ()
+        self.base = Base(self.family, plan or plans(self.family, settings, self.device)[0].plan, self.device, self.dtype)
+        self.adapters = Adapters(self.family, self.device, self.dtype)
 
-    def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None) -> Iterator[Output]:
-        """The pictures of a request, one at a time; a picture depends on the request and its seed, not on what ran before."""
-        conditioning = self._encode(request.prompt, loras)
-        self._with_loras(loras)  # what is wrong with them is said before the work begins
-        total = request.num_outputs * request.num_inference_steps
-        for i in range(request.num_outputs):
-            seed = (request.seed + i) % 2**32
-            start = sampling.noise(seed, request.width_px, request.height_px)
-            done = i * request.num_inference_steps
-            report = (lambda step, done=done: progress(done + step, total)) if progress else None
-            transformer = self._with_loras(loras)  # again: between two outputs another request may have changed them
-            latents = sampling.denoise(self.family, transformer, conditioning, start, request.num_inference_steps, request.guidance_scale, report)
-            yield Output(sampling.decode(self.family, self._loaded_vae(), latents)[0], seed)
+    def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None, watch: Watch | None = None) -> Iterator[Output]:
+        """The pictures of a request, as they are made; output i has seed + i."""
+        pieces = [Piece(request, (request.seed + i) % 2**32, loras) for i in range(request.num_outputs)]
+        self._additions(pieces)  # what is wrong with them is said before the work begins
+        done, total = 0, sum(map(_steps, pieces))
+        for start in range(0, len(pieces), self.settings.batch):
+            batch = pieces[start : start + self.settings.batch]
+            yield from self.make(batch, _reporter(progress, watch, len(batch), done, total))
+            done += sum(map(_steps, batch))
 
-    @property
-    def _small(self) -> bool:
-        return self.family.native_px < 512
+    def together(self, pieces: list[Piece], progress: Progress | None = None) -> list[Output]:
+        """Pictures of different requests, in their order; those that can be are made in one batch."""
+        self._additions(pieces)
+        groups: dict[object, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            groups.setdefault(self._kind(piece), []).append(i)
+        made: dict[int, Output] = {}
+        done, total = 0, sum(map(_steps, pieces))
+        for group in groups.values():
+            for start in range(0, len(group), self.settings.batch):
+                part = group[start : start + self.settings.batch]
+                batch = [pieces[i] for i in part]
+                made |= zip(part, self.make(batch, _reporter(progress, None, len(batch), done, total)), strict=True)
+                done += sum(map(_steps, batch))
+        return [made[i] for i in range(len(pieces))]
 
-    def _encode(self, prompt: str, loras: tuple[LoraChoice, ...]) -> Conditioning:
-        """The prompt as the text encoders read it with these LoRAs, of which few have a part for CLIP."""
-        clip_loras = tuple(choice for choice in loras if choice.file.has_clip_part)
-        key = prompt, tuple((choice.file.sha256, choice.weight) for choice in clip_loras)
-        if key not in self._prompts:
-            encoders = self.family.text_encoders(self.device, self.dtype)
-            for i, choice in enumerate(clip_loras):
-                self._attach_clip(encoders.text_encoder, choice, f"lora{i}")
-            if clip_loras:
-                set_adapters_for_text_encoder([f"lora{i}" for i in range(len(clip_loras))], encoders.text_encoder, [choice.weight for choice in clip_loras])
-            self._prompts[key] = self.family.encode_prompts(encoders, [prompt])
-            del encoders
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return self._prompts[key]
+    def make(self, pieces: list[Piece], progress: sampling.Progress | None = None) -> list[Output]:
+        """One batch of pictures of one size, of as many steps, and with as much of a picture to start from."""
+        first = pieces[0].request
+        weighted = self._additions(pieces)
+        conditioning = _batch([self.base.prompts.encode(piece.request.prompt, clip) for piece, (_, clip) in zip(pieces, weighted, strict=True)])
+        negative = None
+        if first.true_cfg_scale > 1:
+            unwanted = [self.base.prompts.encode(piece.request.negative_prompt, clip) for piece, (_, clip) in zip(pieces, weighted, strict=True)]
+            negative = sampling.Negative(_batch(unwanted), first.true_cfg_scale)
+        self.base.prompts.release()
+        transformer = self.base.transformer([loras for loras, _ in weighted])
+        start = torch.cat([sampling.noise(piece.seed, first.width_px, first.height_px) for piece in pieces])
+        guidance = torch.tensor([piece.request.guidance_scale for piece in pieces])
+        known = self._known([piece.request for piece in pieces])
+        latents = sampling.denoise(self.family, transformer, conditioning, start, first.num_inference_steps, guidance, progress, negative, known)
+        images = [sampling.decode(self.family, self.base.vae(), row[None])[0] for row in latents]
+        return [Output(_pasted(image, piece.request), piece.seed) for image, piece in zip(images, pieces, strict=True)]
 
-    def _loaded_vae(self) -> AutoencoderKL:
-        if self._vae is None:
-            self._vae = self.family.vae(self.device, self.dtype)
-        return self._vae
+    def _additions(self, pieces: list[Piece]) -> list[tuple[tuple[Weighted, ...], tuple[Weighted, ...]]]:
+        """What the pieces' LoRAs add to the transformer and to CLIP."""
+        return [self.adapters.weighted(piece.loras) for piece in pieces]
 
-    def _with_loras(self, loras: tuple[LoraChoice, ...]) -> FluxTransformer2DModel:
-        """The transformer with exactly these LoRAs on it."""
-        if self._transformer is None:
-            if not self._small:
-                check_memory(24_000_000_000, f"the transformer of {self.family.model} in bf16", "use a GPU with at least 32 GB, or --model mini")
-            self._transformer = self.family.transformer(self.device, self.dtype)
-        if loras == self._applied:
-            return self._transformer
-        for choice in loras:
-            choice.file.check_fits(self._transformer, self.family.model)
-        self._detach()
-        try:
-            for i, choice in enumerate(loras):
-                self._attach(choice, f"lora{i}")
-            if loras:
-                self._transformer.set_adapters([f"lora{i}" for i in range(len(loras))], [choice.weight for choice in loras])
-        except BaseException:  # one that loaded before the one that did not must not stay in the pictures
-            self._detach()
-            raise
-        self._applied = loras
-        return self._transformer
+    def _kind(self, piece: Piece) -> object:
+        """What pictures of one batch have in common."""
+        request, source = piece.request, piece.request.source
+        loras = () if self.base.mixes else tuple((choice.file.sha256, choice.weight) for choice in piece.loras)
+        strength = source and (source.prompt_strength, source.mask is None)
+        return request.width_px, request.height_px, request.num_inference_steps, request.true_cfg_scale, strength, loras
 
-    def _detach(self) -> None:
-        """Take off every LoRA that is on the transformer, whatever state a failure left it in."""
-        assert self._transformer is not None
-        names = list(getattr(self._transformer, "peft_config", {}))
-        if names:
-            self._transformer.delete_adapters(names)
-        self._applied = ()
-
-    def _attach(self, choice: LoraChoice, name: str) -> None:
-        """Load one file through diffusers' own reader, which knows the formats of other trainers too."""
-        assert self._transformer is not None
-        state, alphas, metadata = self._read(choice)
-        state = {key: value for key, value in state.items() if key.startswith("transformer.")}
-        if not state:
-            raise UserError(f"{choice.file.path.name} holds no layer that a FLUX transformer has")
-        try:
-            self._transformer.load_lora_adapter(state, network_alphas=alphas, adapter_name=name, metadata=metadata)
-        except (ValueError, KeyError, IndexError, RuntimeError) as error:  # what diffusers and PEFT raise on shapes that do not fit together
-            raise _unreadable(choice, self.family.model) from error
-        self._transformer.requires_grad_(False)
-
-    def _attach_clip(self, text_encoder: CLIPTextModel, choice: LoraChoice, name: str) -> None:
-        """Put a file's part for CLIP on it."""
-        state, alphas, metadata = self._read(choice)
-        try:
-            FluxPipeline.load_lora_into_text_encoder(state, alphas, text_encoder, prefix="text_encoder", adapter_name=name, metadata=metadata)
-        except (ValueError, KeyError, IndexError, RuntimeError) as error:
-            raise _unreadable(choice, self.family.model) from error
-
-    def _read(self, choice: LoraChoice) -> tuple[dict[str, Tensor], Any, Any]:
-        """A file's tensors in diffusers' keys, its alphas and its metadata."""
-        try:
-            found: tuple[dict[str, Tensor], Any, Any] = FluxPipeline.lora_state_dict(str(choice.file.path), return_alphas=True, return_lora_metadata=True)
-            return found
-        except (ValueError, KeyError, IndexError, RuntimeError, OSError, SafetensorError) as error:  # what diffusers' converters raise on keys of other models
-            raise _unreadable(choice, self.family.model) from error
+    def _known(self, requests: list[Request]) -> sampling.Known | None:
+        """The pictures to start from, as latents."""
+        sources = [fitted(request.source, request) for request in requests if request.source]
+        if not sources:
+            return None
+        latents = torch.cat([self.family.encode_pictures(self.base.vae(), _pixels(source.image)) for source in sources])
+        masks = [_latent_mask(source.mask) for source in sources if source.mask is not None]
+        return sampling.Known(latents, sources[0].prompt_strength, torch.cat(masks) if masks else None)
 
 
-def _unreadable(choice: LoraChoice, model: str) -> UserError:
-    return UserError(f"{choice.file.path.name} is damaged or a LoRA of another kind of model than {model}", hint="give a LoRA of a FLUX.1 model")
+def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None) -> list[Estimate]:
+    """The plan for this machine, and lighter ones after it. On a CPU there is nothing to fit: what is asked for, in fp32 by itself."""
+    needs = needs_of(family, settings)
+    if device.type == "cuda":
+        speed = measured()
+        torch.cuda.empty_cache()
+        return choose(needs, speed, gpu_bytes or torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE, settings.precision, settings.swapped)
+    precision = "fp32" if settings.precision in ("auto", "bf16") else settings.precision
+    swapped = min(settings.swapped or 0, len(needs.sizes.blocks))
+    merged = precision == "fp32" and not swapped and not settings.mixed
+    if precision == "nf4" and swapped:
+        raise UserError("blocks stored as nf4 stay on the GPU", hint="choose --precision int8, or no --blocks-to-swap")
+    return [estimate(ServingPlan(precision, swapped, "merged" if merged else "stacked"), needs, CPU_SPEED)]
+
+
+def needs_of(family: Flux1, settings: Settings) -> Needs:
+    """What pictures of native size ask of a plan, from the model's configs alone."""
+    sizes = BaseSizes.count(family.empty_transformer(), family.text_tokens)
+    tokens = (family.native_px // BUCKET_MULTIPLE_PX) ** 2
+    wide = 4 if base_dtype(compute_device()) == torch.float32 else 2
+    weights = {component: family.count_weights(component) for component in ("text_encoder", "text_encoder_2", "vae")}
+    encoders = weights["text_encoder"] + weights["text_encoder_2"]
+    return Needs(sizes, tokens, encoders * wide, weights["vae"] * wide, settings.batch, settings.mixed)
+
+
+def fitted(source: Source, request: Request) -> Source:
+    """A picture to start from at the request's size, cut to its shape."""
+    size = request.width_px, request.height_px
+    image = ImageOps.fit(source.image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    mask = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BILINEAR) if source.mask is not None else None
+    return Source(image, mask, source.prompt_strength)
+
+
+def _pasted(image: Image.Image, request: Request) -> Image.Image:
+    """What a mask keeps is the picture's own, not what the VAE made of it."""
+    source = fitted(request.source, request) if request.source else None
+    return Image.composite(image, source.image, source.mask) if source and source.mask else image
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """A picture [1, 3, H, W] in -1..1."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    return values.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _latent_mask(mask: Image.Image) -> Tensor:
+    """A mask [1, 1, H/8, W/8] in 0..1: a cell changes as much as the pixel in it that changes most, for the picture is put together pixel by pixel after it."""
+    values = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, 1, mask.height, mask.width).float() / 255
+    return torch.nn.functional.max_pool2d(values, VAE_SCALE)
+
+
+def _batch(several: list[Conditioning]) -> Conditioning:
+    return Conditioning(torch.cat([one.embeds for one in several]), torch.cat([one.pooled for one in several]))
+
+
+def _steps(piece: Piece) -> int:
+    """The steps that a picture takes."""
+    request = piece.request
+    return sampling.steps_done(request.num_inference_steps, request.source.prompt_strength) if request.source else request.num_inference_steps
+
+
+def _reporter(progress: Progress | None, watch: Watch | None, pictures: int, done: int, total: int) -> sampling.Progress:
+    """Reports the steps of one batch as a part of all."""
+
+    def report(step: int, expected: Tensor) -> None:
+        if progress:
+            progress(done + step * pictures, total)
+        if watch:
+            watch(expected)
+
+    return report

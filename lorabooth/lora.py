@@ -210,29 +210,6 @@ class LoraFile:
         """The trigger word, where the file tells it."""
         return self.metadata.get("modelspec.trigger_phrase", "")
 
-    @property
-    def has_clip_part(self) -> bool:
-        """Whether it changes the CLIP text encoder too, in the keys of diffusers or kohya."""
-        return any(name.startswith((CLIP_PREFIX, "lora_te1_")) for name in self.shapes)
-
-    def check_fits(self, transformer: torch.nn.Module, model: str) -> None:
-        """A UserError where the file's layers or widths are not the transformer's (files in diffusers keys only)."""
-        # Once a LoRA was on a linear, PEFT keeps the linear itself as `<name>.base_layer`.
-        linears = {name.removesuffix(".base_layer"): module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-        sizes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
-        for key, shape in self.shapes.items():
-            match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-            if not match:
-                continue
-            module, side = match.groups()
-            made_for = self.metadata.get("lorabooth.base") or "another model"
-            if module not in sizes:
-                raise UserError(f"{self.path.name} does not fit {model}: it has a layer {module}, which this model lacks (the LoRA is of {made_for})")
-            width = sizes[module][1] if side == "A" else sizes[module][0]
-            found = shape[side == "A"] if len(shape) == 2 else shape
-            if found != width:
-                raise UserError(f"{self.path.name} does not fit {model}: {module} is {width} wide there and {found} in the LoRA (it is of {made_for})")
-
 
 def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file. Format: 8 bytes length (little endian), JSON, tensor bytes."""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lorabooth import sampling
+from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, check_memory
 from lorabooth.errors import UserError
@@ -33,14 +34,13 @@ from lorabooth.families.flux1 import Flux1
 from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
+from lorabooth.speed import measured
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
-from train.attention import choose_kernel
 from train.compiled import compile_blocks, wanted
 from train.data import EMPTY, TRIGGER_ONLY, items, stem, text_name
 from train.plan import Estimate, MemoryPlan, choose
 from train.planning import HOST_SHARE, plans_for, shapes_of
-from train.speed import measured
 
 WARM_UP_STEPS = 5
 SAMPLING_STEPS = 28
@@ -223,7 +223,7 @@ def check(what: str, steps: int, size: Size, device: torch.device) -> dict[str, 
         family = write_model(Path(folder) / "model", size)
         if device.type == "cuda":
             largest = TrainConfig(trigger_word="TOK", model=family.model, resolution=str(size.sides_px[-1]))
-            record["attention"] = choose_kernel(largest, family, device)
+            record["attention"] = choose_kernel(max(largest.resolutions_px), family, device)
         parts = PARTS if what in ("train", "all") else tuple(part for part in PARTS if part == what)
         for i, case in enumerate(tqdm([case for part in parts for case in cases(part, size)], desc="trainings", disable=not parts)):
             record["rows"].append(time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate))

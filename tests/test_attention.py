@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from lorabooth.config import TrainConfig
+from lorabooth import attention
+from lorabooth.attention import Trial, fastest, trials
 from lorabooth.families import load_family
-from train import attention
-from train.attention import Trial, fastest, trials
 
 CPU = torch.device("cpu")
 HERE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
@@ -39,10 +38,10 @@ def test_the_recipe_and_the_base_say_what_is_tried(monkeypatch: pytest.MonkeyPat
     used: list[SDPBackend] = []
     monkeypatch.setattr(attention, "use", used.append)
     monkeypatch.setattr(attention, "trials", lambda *sizes: trials(*sizes, candidates=HERE))
-    name = attention.choose_kernel(TrainConfig(trigger_word="TOK", model="mini", resolution="128"), load_family("mini"), CPU)
+    name = attention.choose_kernel(128, load_family("mini"), CPU)
     assert [backend.name.lower() for backend in used] == [name] and name in ("flash_attention", "math")
     monkeypatch.setattr(attention, "trials", lambda *_: [])
-    assert attention.choose_kernel(TrainConfig(trigger_word="TOK", model="mini"), load_family("mini"), CPU) == "torch's own choice" and len(used) == 1
+    assert attention.choose_kernel(1024, load_family("mini"), CPU) == "torch's own choice" and len(used) == 1
 
 
 @pytest.mark.gpu

@@ -170,7 +170,10 @@ def test_a_memory_that_cannot_be_used_hinders_nothing(written: Path, photos: Pat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_kill_loses_at_most_the_batch_at_hand(written: Path, tmp_path: Path, number: int, code: int):
     folder = make_run(tmp_path / "run", write_photos(tmp_path / "many", range(80)), written / "llava_onevision")
-    process = subprocess.Popen([sys.executable, "-m", "captioning", str(folder)], stderr=subprocess.PIPE, text=True)
+    # A shell's background job, as CI may be, ignores SIGINT and so do its children.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "captioning", str(folder)], stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     end = time.monotonic() + 120
     while len(list((folder / "captions").glob("*.txt"))) < 8:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]

@@ -41,7 +41,10 @@ def config_of(subject: Subject = "person", model: str = "black-forest-labs/FLUX.
 
 def in_terminal(answer: str, *command: str) -> tuple[int, str]:
     """Exit code and screen of `lorabooth train` in a terminal where this is typed."""
-    ours, theirs = pty.openpty()
+    try:
+        ours, theirs = pty.openpty()
+    except OSError:
+        pytest.skip("this machine has no terminals (/dev/pts is not mounted)")
     os.write(ours, answer.encode())
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", "train", *command], stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -1,11 +1,14 @@
 """The flow maths and the sampling loop, against diffusers' own pipeline."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 from lorabooth import flow, sampling
 from lorabooth.families import load_family
+from lorabooth.families.flux1 import Conditioning
 
 
 def test_pack_and_ids_are_those_of_the_pipeline() -> None:
@@ -58,3 +61,43 @@ def test_sampling_gives_the_picture_of_plain_flux_pipeline(mini_pipe: FluxPipeli
     transformer = family.transformer(cpu, torch.float32)
     ours = sampling.denoise(family, transformer, conditioning, sampling.noise(seed, width, height), steps, guidance)
     torch.testing.assert_close(flow.pack(ours), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_a_start_from_a_picture_gives_that_of_diffusers_image_to_image(mini_pipe: FluxPipeline, strength: float) -> None:
+    family, cpu = load_family("mini"), torch.device("cpu")
+    conditioning = family.encode_prompts(family.text_encoders(cpu, torch.float32), ["a person in a red hoodie"])
+    transformer, drawn, picture = family.transformer(cpu, torch.float32), sampling.noise(3, 64, 96), torch.randn(1, 16, 12, 8)
+    ours = sampling.denoise(family, transformer, conditioning, drawn, 7, 3.5, known=sampling.Known(picture, strength))
+    plain = FluxImg2ImgPipeline(**mini_pipe.components)
+    plain.set_progress_bar_config(disable=True)
+    first = 7 - sampling.steps_done(7, strength)
+    sigma = family.sigmas(7, 24)[first]
+    theirs = plain(
+        "a person in a red hoodie", image=torch.zeros(1, 3, 96, 64), strength=strength, width=64, height=96, num_inference_steps=7, guidance_scale=3.5,
+        latents=flow.pack((1 - sigma) * picture + sigma * drawn), max_sequence_length=48, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(flow.pack(ours), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_keeps_what_it_does_not_name_and_guidance_takes_the_prompt_that_is_not_wanted_away() -> None:
+    family, cpu = load_family("mini"), torch.device("cpu")
+    encoded = family.encode_prompts(family.text_encoders(cpu, torch.float32), ["a person in a red hoodie", "glasses"])
+    wanted, unwanted = (Conditioning(encoded.embeds[i : i + 1], encoded.pooled[i : i + 1]) for i in range(2))
+    transformer, drawn, picture = family.transformer(cpu, torch.float32), sampling.noise(3, 64, 64), torch.randn(1, 16, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 4:] = 1
+    ours = sampling.denoise(family, transformer, wanted, drawn, 4, 3.5, None, sampling.Negative(unwanted, 2.0), sampling.Known(picture, 0.5, mask))
+    # The same, stated without packing and in the words of the papers.
+    x, sigmas = None, family.sigmas(4, 16)[2:]
+    for sigma, following in pairwise(sigmas):
+        x = (1 - sigma) * picture + sigma * drawn if x is None else x
+
+        def velocity(conditioning: Conditioning, x: torch.Tensor = x, sigma: torch.Tensor = sigma) -> torch.Tensor:
+            with torch.no_grad():
+                return flow.unpack(family.velocity(transformer, flow.pack(x), sigma[None], 3.5, conditioning, flow.image_ids(8, 8)), 8, 8)
+
+        guided = velocity(unwanted) + 2.0 * (velocity(wanted) - velocity(unwanted))
+        x = mask * (x + (following - sigma) * guided) + (1 - mask) * ((1 - following) * picture + following * drawn)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[..., :2, :], picture[..., :2, :])

@@ -20,15 +20,17 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.lora import LoraSpec, shorten
+from lorabooth.quantized import QuantizedLinear, quantized
 from lorabooth.runs import RunDir
+from lorabooth.sizes import GB, blocks_of
+from lorabooth.speed import ASSUMED
 from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
 from train import trainer as trainer_room
 from train.placement import place, start_plan
-from train.plan import ASSUMED, GB, MemoryPlan, Shapes, blocks_of, choose, fitting
+from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import plans_for, shapes_of
-from train.quantized import QuantizedLinear, quantized
 
 CPU = torch.device("cpu")
 HOST_BYTES = 60 * GB
@@ -257,7 +259,7 @@ def test_products_in_fp8_stay_near(plainly: tuple[torch.Tensor, torch.Tensor], m
     x = torch.randn(4, 7, 256, requires_grad=True)
     small = QuantizedLinear(linear, "fp8")
     by_weights_alone = small(x)
-    monkeypatch.setattr("train.quantized.multiplies_fp8", lambda _: True)
+    monkeypatch.setattr("lorabooth.quantized.multiplies_fp8", lambda _: True)
     y = small(x)
     assert y.shape == (4, 7, 384) and not torch.equal(y, by_weights_alone)
     weights = torch.randn(y.shape)

@@ -6,8 +6,9 @@ import sys
 import torch
 from tqdm import tqdm
 
+from lorabooth.sizes import blocks_of
 from train.objective import loss_of
-from train.plan import MemoryPlan, blocks_of
+from train.plan import MemoryPlan
 from train.trainer import Trainer
 
 WORTH_STEPS = 200

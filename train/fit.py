@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
@@ -25,15 +26,15 @@ from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
 from lorabooth.lora import LoraSpec, shorten, tensors
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
+from lorabooth.sizes import GB
 from train import optimizers
-from train.attention import choose_kernel
 from train.base import pinned
 from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
 from train.compiled import compile_blocks, wanted
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
 from train.objective import drawn, loss_of
 from train.placement import place, shard, start_plan
-from train.plan import GB, WINDOW, MemoryPlan, next_lighter
+from train.plan import WINDOW, MemoryPlan, next_lighter
 from train.planning import plans_for
 from train.preview import preview
 from train.trackers import end_trackers, start_trackers
@@ -58,7 +59,7 @@ def run(run_dir: RunDir) -> None:
             estimates = min(gather_object([estimates]), key=lambda found: found[0].bytes)
         plan = estimates[0].plan
         if device.type == "cuda":
-            kernel, best = choose_kernel(config, family, device), estimates[0]
+            kernel, best = choose_kernel(max(config.resolutions_px), family, device), estimates[0]
             if accelerator.is_main_process:
                 print(f"plan: {plan}; about {best.bytes / GB:.1f} GB of GPU memory, {best.seconds:.2f} s a step; attention by {kernel}", file=sys.stderr)
         try:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorabooth.families.flux1 import NORMS
-from train.plan import blocks_of, linears
+from lorabooth.sizes import blocks_of, linears
 
 Key = tuple[float, float, bytes]
 

@@ -7,26 +7,20 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from lorabooth.quantized import put_blocks, put_rest
+from lorabooth.sizes import blocks_of
 from lorabooth.swap import BlockSwap
 from train.modulation import Modulation
-from train.plan import MemoryPlan, blocks_of, linears
-from train.quantized import quantized
+from train.plan import MemoryPlan
 
 
 def place(transformer: nn.Module, plan: MemoryPlan, device: torch.device) -> Modulation | None:
     """Move a frozen transformer from host memory to where the plan wants its parts; before a LoRA is put on it."""
     modulation = Modulation(transformer, device) if plan.precomputed else None
     blocks = blocks_of(transformer)
-    for i, block in enumerate(blocks):
-        if plan.shards > 1:
-            continue  # `shard` takes it to the GPU
-        if plan.precision not in ("bf16", "fp32"):
-            for name, linear in linears(block):
-                block.set_submodule(name, quantized(linear, plan.precision, device))
-        block.to("cpu" if i >= len(blocks) - plan.swapped else device)
-    for name, part in transformer.named_children():
-        if name not in ("transformer_blocks", "single_transformer_blocks"):
-            part.to(device)
+    if plan.shards == 1:  # else `shard` takes them to the GPU
+        put_blocks(blocks, plan.precision, plan.swapped, device)
+    put_rest(transformer, device)
     return modulation
 
 

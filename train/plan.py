@@ -4,7 +4,6 @@ All sizes are bytes of 10**9 to the GB. Activations were counted with `torch.aut
 (tests/test_plan.py counts them again); speeds come from the GPU itself where there is one (train/speed.py).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,23 +13,16 @@ from torch import nn
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
-from lorabooth.families.flux1 import NORMS, VAE_SCALE
+from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.lora import LoraSpec
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes
+from lorabooth.speed import Speed
 
-GB = 1e9
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.516}
-"""Bytes of a base weight; nf4 with its block scales quantised too (4 + 8/64 + 32/(64 * 256) bits). Row scales of fp8 and int8 are left out."""
-BEST_FIRST = ("bf16", "int8", "fp8", "nf4")
-"""Precisions by exactness: of two plans of the same speed the first is taken."""
 SAVED = {"attention": ((15.2, 4), (14.1, 3)), "attention+ff": ((20.2, 6), (19.1, 5)), "all-linear": ((24.2, 6), (21.0, 5))}
 """What a (double, single) block keeps for its backward, for each token: multiples of the width, and of the rank, in bf16 values."""
 SAVED_BY_DROPOUT = 13.5
 WORKSPACE = 12.0
 """Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
-RESERVE_BYTES, RESERVE_SHARE = 0.7 * GB, 0.04
-"""Libraries' workspaces, and what the allocator cannot use between two blocks of memory, which grows with what it holds."""
-MFU = 0.5
-"""Share of the GPU's own rate of matrix products that a training step is taken to reach; it orders plans and is no promise."""
 
 
 @dataclass(frozen=True)
@@ -59,61 +51,17 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, those of the
-    modulation, and of everything else; the weights that a LoRA would have; and those of CLIP where it is trained, too."""
+class Shapes(BaseSizes):
+    """The base's sizes, the weights that a LoRA would have, and those of CLIP where it is trained, too."""
 
-    width: int
-    double: int
-    blocks: tuple[int, ...]
-    largest: int
-    modulation: int
-    rest: int
     lora: int
-    text_tokens: int
     text_encoder: int = 0
 
     @classmethod
     def of(cls, transformer: nn.Module, spec: LoraSpec, text_tokens: int) -> "Shapes":
         """Count them on a transformer, which may be on the meta device."""
-        blocks = blocks_of(transformer)
-        counts = [[m.weight.numel() for name, m in linears(block) if not re.fullmatch(NORMS, name)] for block in blocks]
-        modulation = sum(m.weight.numel() for block in blocks for name, m in linears(block) if re.fullmatch(NORMS, name))
         chosen = [cast(nn.Linear, transformer.get_submodule(name)) for name in spec.module_names(transformer)]
-        total = sum(p.numel() for p in transformer.parameters())
-        return cls(
-            width=cast(nn.Linear, transformer.get_submodule("x_embedder")).out_features,
-            double=len(list(transformer.get_submodule("transformer_blocks").children())),
-            blocks=tuple(map(sum, counts)),
-            largest=max(max(block) for block in counts),
-            modulation=modulation,
-            rest=total - modulation - sum(map(sum, counts)),
-            lora=sum(spec.rank * (m.in_features + m.out_features) for m in chosen),
-            text_tokens=text_tokens,
-        )
-
-
-def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks in the order of the forward pass: double ones, then single ones."""
-    return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in transformer.get_submodule(name).children()]
-
-
-def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linears of a block by name."""
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine does in a second: matrix products (10**12 operations), bytes (10**9) of its own memory and from the host's."""
-
-    tflop: float
-    memory_gb: float
-    host_gb: float
-    name: str
-
-
-ASSUMED = Speed(150, 900, 20, "an RTX 4090 (assumed)")
+        return cls(**vars(BaseSizes.count(transformer, text_tokens)), lora=sum(spec.rank * (m.in_features + m.out_features) for m in chosen))
 
 
 @dataclass(frozen=True)

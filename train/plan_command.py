@@ -10,10 +10,11 @@ import torch
 
 from lorabooth.families import load_family
 from lorabooth.machine import memory_bytes
+from lorabooth.sizes import GB
+from lorabooth.speed import ASSUMED, measured
 from train.command import config_options, recipe_config
-from train.plan import ASSUMED, GB, choose, table
+from train.plan import choose, table
 from train.planning import HOST_SHARE, shapes_of
-from train.speed import measured
 
 
 @click.command()

@@ -8,8 +8,8 @@ from lorabooth.config import TrainConfig
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.machine import memory_bytes
-from train.plan import Estimate, MemoryPlan, Shapes, Speed, choose, estimate
-from train.speed import measured
+from lorabooth.speed import Speed, measured
+from train.plan import Estimate, MemoryPlan, Shapes, choose, estimate
 
 HOST_SHARE = 0.8
 """How much of the host's free memory pinned weights may take; the operating system needs the rest."""

@@ -153,13 +153,23 @@ class Flux1:
         with init_empty_weights():
             return CLIPTextModel(CLIPTextConfig(**hub.component_config(self.model, "text_encoder")))
 
-    def text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-        """Both text encoders, frozen, with their tokenizers."""
+    def count_weights(self, component: str) -> int:
+        """How many weights the VAE or a text encoder has, from its config."""
+        config = hub.component_config(self.model, component)
+        with torch.device("meta"):  # which keeps tied weights one
+            if component == "vae":
+                part: torch.nn.Module = AutoencoderKL.from_config(config)
+            else:
+                part = T5EncoderModel(T5Config(**config)) if component == "text_encoder_2" else CLIPTextModel(CLIPTextConfig(**config))
+        return sum(p.numel() for p in part.parameters())
+
+    def text_encoders(self, device: torch.device, dtype: torch.dtype, free_bytes: float | None = None) -> TextEncoders:
+        """Both text encoders, frozen, with their tokenizers. free_bytes: room for T5 on the device; by itself what is free there."""
         return TextEncoders(
             self._load(CLIPTokenizer, "tokenizer"),
             self._load(T5Tokenizer, "tokenizer_2"),
             self.clip(device, dtype),
-            fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device),
+            fitted_encoder(_frozen(self._load(T5EncoderModel, "text_encoder_2", dtype=dtype, use_safetensors=True), torch.device("cpu")), device, free_bytes),
         )
 
     @torch.no_grad()
@@ -209,12 +219,16 @@ class Flux1:
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents).sample
 
-    def velocity(self, transformer: torch.nn.Module, x: Tensor, sigma: Tensor, guidance: float, conditioning: Conditioning, image_ids: Tensor) -> Tensor:
-        """Predicted velocity [B, N, 64] of packed latents x [B, N, 64] at noise levels sigma [B]; image_ids [N, 3]."""
+    def velocity(
+        self, transformer: torch.nn.Module, x: Tensor, sigma: Tensor, guidance: float | Tensor, conditioning: Conditioning, image_ids: Tensor
+    ) -> Tensor:
+        """Predicted velocity [B, N, 64] of packed latents x [B, N, 64] at noise levels sigma [B]; image_ids [N, 3]; one guidance, or one for each [B]."""
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((x.shape[0],), guidance, device=x.device, dtype=torch.float32)
         return transformer(
             hidden_states=x,
             timestep=sigma.to(x.dtype),  # the library multiplies by 1000 inside
-            guidance=torch.full((x.shape[0],), guidance, device=x.device, dtype=torch.float32) if self.uses_guidance else None,
+            guidance=guidance if self.uses_guidance else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.embeds,
             txt_ids=flow.text_ids(conditioning.embeds.shape[1], x.device, x.dtype),

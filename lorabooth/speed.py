@@ -2,10 +2,24 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from train.plan import ASSUMED, GB, Speed
+from lorabooth.sizes import GB
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does in a second: matrix products (10**12 operations), bytes (10**9) of its own memory and from the host's."""
+
+    tflop: float
+    memory_gb: float
+    host_gb: float
+    name: str
+
+
+ASSUMED = Speed(150, 900, 20, "an RTX 4090 (assumed)")
 
 SIDE = 4096
 COPY_BYTES = 256 * 1024**2

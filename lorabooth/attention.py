@@ -1,4 +1,4 @@
-"""Which attention kernel to train with: the fastest of those that compute attention, found by trying them on this GPU.
+"""Which attention kernel to use: the fastest of those that compute attention, found by trying them on this GPU.
 
 torch has several for one product, and which of them is fast, and right, changes with its version, cuDNN's and the GPU.
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorabooth import hub
-from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, Flux1
 
@@ -55,10 +54,10 @@ def fastest(found: list[Trial]) -> SDPBackend | None:
     return min(right, key=lambda trial: trial.seconds).backend if right else None
 
 
-def choose_kernel(config: TrainConfig, family: Flux1, device: torch.device) -> str:
-    """Try the kernels at the recipe's largest picture and have torch use the fastest that is right; its name."""
+def choose_kernel(px: int, family: Flux1, device: torch.device) -> str:
+    """Try the kernels on a square picture of that side and have torch use the fastest that is right; its name."""
     transformer = hub.component_config(family.model, "transformer")
-    tokens = family.text_tokens + (max(config.resolutions_px) // BUCKET_MULTIPLE_PX) ** 2
+    tokens = family.text_tokens + (px // BUCKET_MULTIPLE_PX) ** 2
     backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens))
     if backend is None:
         return "torch's own choice"

@@ -1,0 +1,56 @@
+"""What the LoRA files of late requests add to the base, read once and kept ready on the device."""
+
+import sys
+from collections import OrderedDict
+
+import torch
+
+from infer.live import Weighted
+from infer.loras import LoraChoice
+from lorabooth.families.flux1 import Flux1
+from lorabooth.layout import ClipLayout, Layout, sizes_of
+from lorabooth.lowrank import Additions, LowRank, additions
+
+LIMIT_BYTES = 2e9
+"""Of LoRAs that are kept; those used least lately leave first. FLUX.1-dev's of rank 16 have 0.2 GB in bf16."""
+NAMED = 5
+
+
+class Adapters:
+    """LoRA files as additions to one base model."""
+
+    def __init__(self, family: Flux1, device: torch.device, dtype: torch.dtype):
+        self.family, self.device, self.dtype = family, device, dtype
+        self.layout, self.clip = Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip()))
+        self._read: OrderedDict[str, Additions] = OrderedDict()
+
+    def weighted(self, loras: tuple[LoraChoice, ...]) -> tuple[tuple[Weighted, ...], tuple[Weighted, ...]]:
+        """What LoRAs add to the transformer, and to CLIP; of weight 0 nothing. A UserError where one does not fit the base."""
+        wanted = [choice for choice in loras if choice.weight]
+        read = [self._additions(choice) for choice in wanted]
+        pairs = list(zip(wanted, read, strict=True))
+        transformer = tuple(Weighted(choice.file.sha256, choice.weight, found.transformer) for choice, found in pairs)
+        return transformer, tuple(Weighted(choice.file.sha256, choice.weight, found.clip) for choice, found in pairs if found.clip)
+
+    def _additions(self, choice: LoraChoice) -> Additions:
+        sha256 = choice.file.sha256
+        if sha256 not in self._read:
+            found = additions(choice.file, self.layout, self.clip, self.family.model)
+            if found.left_out:
+                more = f" and {len(found.left_out) - NAMED} more" if len(found.left_out) > NAMED else ""
+                print(
+                    f"note: {choice.file.path.name}: left out, for {self.family.model} has no place for them: {', '.join(found.left_out[:NAMED])}{more}",
+                    file=sys.stderr,
+                )
+            self._read[sha256] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
+        self._read.move_to_end(sha256)
+        while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > LIMIT_BYTES:
+            self._read.popitem(last=False)
+        return self._read[sha256]
+
+    def _ready(self, part: dict[str, LowRank]) -> dict[str, LowRank]:
+        return {name: LowRank(one.down.to(self.device, self.dtype), one.up.to(self.device, self.dtype), one.magnitude) for name, one in part.items()}
+
+
+def _bytes(found: Additions) -> int:
+    return sum(t.numel() * t.element_size() for part in (found.transformer, found.clip) for one in part.values() for t in (one.down, one.up))

@@ -1,0 +1,162 @@
+"""`ServingPlan`: how a base model fits into the GPU that makes the pictures, chosen by arithmetic before anything loads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from lorabooth.errors import UserError
+from lorabooth.families.flux1 import VAE_SCALE
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes
+from lorabooth.speed import Speed
+
+STEPS = 28
+WORKSPACE = 20.0
+"""What a block at work holds without gradients, for each token: multiples of the width, in bf16 values."""
+DECODE_BYTES_PX, TILE_PX = 2_600, 512
+"""What the VAE holds for each pixel that it decodes at once (about ten activations of 128 channels in bf16), and the side of a tile."""
+STACK_PLACES, STACK_RANK = 5, 32
+STACKED_COST = 1.18
+"""LoRAs beside the weights take this much longer than merged ones (replicate and diffusers report 15 to 20 %)."""
+DISK_SECONDS = 12.0
+"""Reading the text encoders anew, for each new prompt."""
+ENCODERS = ("gpu", "host", "disk")
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """How the linears are stored; how many blocks live in host memory; whether LoRAs are merged into the weights, with the untouched ones
+    kept on the GPU or in host memory, or stand beside them (stacked); where the text encoders are between two prompts; whether the VAE works in tiles."""
+
+    precision: str
+    swapped: int = 0
+    loras: str = "merged"
+    untouched_on: str = "gpu"
+    encoders: str = "gpu"
+    tiled: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"base {self.precision}"] + ([f"{self.swapped} blocks in host memory"] if self.swapped else [])
+        kept = {"gpu": "on the GPU", "host": "in host memory"}
+        parts.append(f"LoRAs merged, the untouched weights {kept[self.untouched_on]}" if self.loras == "merged" else "LoRAs beside the weights")
+        parts.append(
+            {"gpu": "text encoders on the GPU", "host": "text encoders in host memory", "disk": "text encoders read for each new prompt"}[self.encoders]
+        )
+        return ", ".join(parts + (["VAE in tiles"] if self.tiled else []))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is asked of a plan: pictures of `tokens` image tokens, `batch` at once; bytes of the text encoders and of the VAE."""
+
+    sizes: BaseSizes
+    tokens: int
+    encoder_bytes: float
+    vae_bytes: float
+    batch: int = 1
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan with what it takes: bytes on the GPU by item, bytes in host memory, seconds for a picture of 28 steps with a new prompt."""
+
+    plan: ServingPlan
+    items: dict[str, float]
+    host_bytes: float
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """All items together."""
+        return sum(self.items.values())
+
+
+def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate:
+    """What a plan takes of the GPU, of the host, and of time."""
+    sizes, each, wide = needs.sizes, BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
+    blocks = [block + sizes.modulation / len(sizes.blocks) for block in sizes.blocks]
+    swapped = blocks[len(blocks) - plan.swapped :]
+    linears = sum(blocks)
+    tokens = needs.batch * (sizes.text_tokens + needs.tokens)
+    stack = STACK_PLACES * STACK_RANK * wide * linears * 2 / sizes.width  # a linear of width x width has width numbers on either side
+    pixels = needs.tokens * (2 * VAE_SCALE) ** 2
+    decoding = DECODE_BYTES_PX * (min(pixels, TILE_PX**2) if plan.tiled else pixels)
+    sampling = tokens * 2 * WORKSPACE * sizes.width + (0 if each >= 2 else 2 * sizes.largest * wide)
+    items = {
+        "base": (linears - sum(swapped) + 2 * max(swapped, default=0)) * each + sizes.rest * wide,
+        "untouched weights": linears * each if plan.loras == "merged" and plan.untouched_on == "gpu" else 0.0,
+        "LoRAs": stack if plan.loras == "stacked" else 0.5 * GB,
+        "text encoders": needs.encoder_bytes if plan.encoders == "gpu" else 0.0,
+        "VAE": needs.vae_bytes,
+        "at work": max(sampling, decoding, 1.5 * GB),
+    }
+    items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
+    host = sum(swapped) * each + (linears * each if plan.loras == "merged" and plan.untouched_on == "host" else 0)
+    host += needs.encoder_bytes if plan.encoders == "host" else 0
+    seconds = STEPS * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
+    seconds += {"gpu": 0.1, "host": needs.encoder_bytes / (speed.host_gb * GB), "disk": DISK_SECONDS}[plan.encoders]
+    return Estimate(plan, items, host, seconds)
+
+
+def _computing(plan: ServingPlan, needs: Needs, speed: Speed) -> float:
+    """Seconds of a step. FLOPs: 2 for each weight and token, 4 d N^2 for attention in each block."""
+    sizes, tokens = needs.sizes, needs.sizes.text_tokens + needs.tokens
+    operations = needs.batch * (2 * sum(sizes.blocks) * tokens + 4 * len(sizes.blocks) * sizes.width * tokens**2)
+    seconds = operations / 1e12 / (speed.tflop * MFU)
+    if BYTES[plan.precision] < 2:  # read, write as bf16, in each pass
+        seconds += sum(sizes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
+    return seconds * (STACKED_COST if plan.loras == "stacked" else 1)
+
+
+def candidates(needs: Needs, precision: str = "auto", swapped: int | None = None) -> Iterator[ServingPlan]:
+    """Every plan that can be run. Merged LoRAs need weights that are whole and stay on the GPU."""
+    count = len(needs.sizes.blocks)
+    precisions = BEST_FIRST if precision == "auto" else (precision,)
+    counts = range(count + 1) if swapped is None else (min(swapped, count),)
+    ways = (("merged", "gpu"), ("merged", "host"), ("stacked", "gpu"))
+    for chosen, k, (loras, kept), encoders, tiled in product(precisions, counts, ways, ENCODERS, (False, True)):
+        if loras == "merged" and (chosen not in ("bf16", "fp32") or k or needs.mixed):
+            continue
+        if k and chosen == "nf4":
+            continue
+        yield ServingPlan(chosen, k, loras, kept, encoders, tiled)
+
+
+def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, precision: str = "auto", swapped: int | None = None) -> list[Estimate]:
+    """The fastest plan that fits, and after it those that take less memory; a UserError that says what is missing.
+
+    nf4 comes last, for it alone loses exactness that shows.
+    """
+    every = [estimate(plan, needs, speed) for plan in candidates(needs, precision, swapped)]
+    found = [e for e in every if e.bytes <= gpu_bytes and e.host_bytes <= host_bytes]
+    if not found:
+        least = min(every, key=lambda e: e.bytes)
+        raise UserError(
+            f"generating needs {least.bytes / GB:.1f} GB of GPU memory and {least.host_bytes / GB:.1f} GB of host memory at least; "
+            f"{gpu_bytes / GB:.1f} GB and {host_bytes / GB:.1f} GB are free",
+            hint="make smaller pictures (--megapixels 0.25), leave --precision at auto, or stop other programs on this GPU (nvidia-smi lists them)",
+        )
+
+    def rank(e: Estimate) -> tuple[object, ...]:
+        plan = e.plan
+        return plan.precision == "nf4", round(e.seconds, 2), BEST_FIRST.index(plan.precision), plan.tiled, plan.untouched_on, plan.swapped, e.bytes
+
+    found.sort(key=rank)
+    lighter = found[:1]
+    for candidate in found[1:]:
+        if candidate.bytes < 0.93 * lighter[-1].bytes:
+            lighter.append(candidate)
+    return lighter
+
+
+def table(estimates: list[Estimate], speed: Speed) -> str:
+    """The first plan in full and the next cheaper one, as text."""
+    best = estimates[0]
+    lines = [f"plan: {best.plan}", ""]
+    lines += [f"  {name:<22}{size / GB:6.1f} GB" for name, size in best.items.items() if size >= 0.05 * GB]
+    lines += [f"  {'together':<22}{best.bytes / GB:6.1f} GB on the GPU, {best.host_bytes / GB:.1f} GB in host memory"]
+    lines += ["", f"time: about {best.seconds:.1f} s for a picture of {STEPS} steps on {speed.name}"]
+    if len(estimates) > 1:
+        other = estimates[1]
+        lines += [f"next cheaper: {other.plan}: {other.bytes / GB:.1f} GB, {other.seconds / best.seconds:.2f} times as long"]
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""What a LoRA file adds to each linear of a base model, out of every format that trainers of FLUX.1 write.
+
+Formats: diffusers and PEFT (ai-toolkit's too), kohya, BFL and ComfyUI, XLabs; the strength from `.alpha`, from
+`lora_adapter_metadata` or from PEFT's adapter_config.json; DoRA's magnitudes (Liu et al. 2024, arXiv 2402.09353).
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorabooth.errors import UserError
+from lorabooth.layout import ClipLayout, Layout, Rows
+from lorabooth.lora import LoraFile
+
+KINDS = {
+    "down": r"lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|down\.weight",
+    "up": r"lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|up\.weight",
+    "alpha": r"alpha",
+    "magnitude": r"lora_magnitude_vector(\.\w+)*|dora_scale",
+}
+"""Ends of the names of tensors, after the layer's name and a point."""
+OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon with a middle", "glora": "GLoRA"}
+MISSING_SHARE = 0.1
+"""A file of which more of the layers are missing in the base was made for another model."""
+NAMED = 3
+"""Layers that a message names; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + up down, for a linear W [out, in]: down [rank, in], and up [out, rank] with the strength folded in, both fp32.
+
+    magnitude: [out]; with it each row of the sum is scaled to that length (DoRA).
+    """
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Additions:
+    """All that a file adds to the transformer and to CLIP, by module, and the names of its tensors that fit nothing in them."""
+
+    transformer: dict[str, LowRank]
+    clip: dict[str, LowRank]
+    left_out: tuple[str, ...]
+
+
+def additions(file: LoraFile, layout: Layout, clip: ClipLayout, model: str) -> Additions:
+    """Read a file for the base model `model`; a UserError where it is none of a FLUX.1 model or of one with other widths."""
+    tensors, left_out = _tensors(file), []
+    layers: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if match := next(((m[1], kind) for kind, end in KINDS.items() if (m := re.fullmatch(rf"(.+?)\.(?:{end})", key))), None):
+            layers[match[0]][match[1]] = key, tensor
+        else:
+            left_out.append(key)
+    found: tuple[dict[str, list[LowRank]], dict[str, list[LowRank]]] = defaultdict(list), defaultdict(list)
+    missing = []
+    for name, parts in layers.items():
+        rows, in_clip = layout.find(name), clip.find(name)
+        if not (rows or in_clip) or not {"down", "up"} <= parts.keys():
+            left_out += [key for key, _ in parts.values()]
+            missing += [name] if {"down", "up"} <= parts.keys() and not _of_t5(name) else []
+            continue
+        sizes = (layout if rows else clip).sizes
+        for module, low_rank in _split(file, model, name, parts, rows or in_clip, sizes):
+            found[0 if rows else 1][module].append(low_rank)
+    present = sum(map(len, found))
+    if not present or len(missing) > MISSING_SHARE * len(layers):
+        raise _of_another_model(file, model, missing or list(layers) or left_out)
+    if any(len(several) > 1 for part in found for several in part.values()):
+        raise UserError(f"{file.path.name} names a layer twice, in two formats; it cannot be told which one is meant")
+    transformer, of_clip = ({module: one for module, (one,) in part.items()} for part in found)
+    return Additions(transformer, of_clip, tuple(sorted(left_out)))
+
+
+def _tensors(file: LoraFile) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(file.path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file.path.name} cannot be read: {error}", hint="download it again") from None
+    for key, tensor in tensors.items():
+        if method := next((name for mark, name in OTHER_METHODS.items() if mark in key), None):
+            raise UserError(f"{file.path.name} is a {method}, not a LoRA: {key}", hint="convert it to a LoRA with the program that trained it")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{file.path.name} is damaged: {key} holds numbers that are not finite", hint="use an earlier checkpoint of that training")
+    return tensors
+
+
+def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Tensor]], rows: tuple[Rows, ...], sizes: Any) -> list[tuple[str, LowRank]]:
+    """A layer of a file as the layers of diffusers that it stands for."""
+    down, up = (parts[side][1].float().flatten(1) if parts[side][1].ndim > 1 else parts[side][1].float() for side in ("down", "up"))
+    outputs, inputs = sum(_count(row) for row in rows), sizes[rows[0].module][1]
+    made_for = file.metadata.get("lorabooth.base") or "another model"
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        raise UserError(f"{file.path.name} is damaged: the two halves of {name} do not fit together ({tuple(down.shape)} and {tuple(up.shape)})")
+    if (up.shape[0], down.shape[1]) != (outputs, inputs):
+        raise UserError(
+            f"{file.path.name} does not fit {model}: {rows[0].module} takes {inputs} numbers and gives {outputs} there, "
+            f"{down.shape[1]} and {up.shape[0]} in the LoRA (it is of {made_for})"
+        )
+    up = up * _strength(file, name, parts, len(down))
+    magnitude = parts["magnitude"][1].float() if "magnitude" in parts else None
+    if magnitude is not None and magnitude.numel() != outputs:
+        raise UserError(f"{file.path.name} is a DoRA whose scales lie along the inputs of {name}", hint="only DoRA with a scale for each output is read")
+    found = []
+    for row in rows:
+        part = torch.cat([up[where] for where in row.parts])
+        used = part.any(0)  # what PEFT's q, k and v were padded with when they were fused
+        scale = None if magnitude is None else torch.cat([magnitude.flatten()[where] for where in row.parts])
+        found.append((row.module, LowRank(down[used], part[:, used].contiguous(), scale)))
+    return found
+
+
+def _count(rows: Rows) -> int:
+    return sum(part.stop - part.start for part in rows.parts)
+
+
+def _strength(file: LoraFile, name: str, parts: dict[str, tuple[str, Tensor]], rank: int) -> float:
+    """What the product of the two matrices is multiplied with."""
+    if "alpha" in parts:
+        return float(parts["alpha"][1]) / rank if parts["alpha"][1].numel() == 1 else _damaged_alpha(file, name)
+    config = _adapter_config(file, name)
+    if "lora_alpha" not in config:
+        return 1.0
+    module = re.sub(r"^(transformer|text_encoder|base_model\.model)\.", "", name)
+    # PEFT takes the pattern's keys for regular expressions; trainers write names, and a file's expressions are not run here.
+    named = {re.sub(r"[\\^$]", "", key): value for key, value in (config.get("alpha_pattern") or {}).items()}
+    alpha = float(next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _damaged_alpha(file: LoraFile, name: str) -> float:
+    raise UserError(f"{file.path.name} is damaged: the alpha of {name} is not one number")
+
+
+def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
+    """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
+    beside = file.path.parent / "adapter_config.json"
+    try:
+        if text := file.metadata.get("lora_adapter_metadata"):
+            part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
+            return {key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)}
+        if file.path.name == "adapter_model.safetensors" and beside.exists():
+            config: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
+            return config
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None
+    return {}
+
+
+def _of_t5(name: str) -> bool:
+    return name.startswith(("lora_te2_", "lora_te3_", "text_encoder_2.", "t5xxl."))
+
+
+def _of_another_model(file: LoraFile, model: str, names: list[str]) -> UserError:
+    made_for = file.metadata.get("lorabooth.base") or "another kind of model"
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return UserError(
+        f"{file.path.name} does not fit {model}, which lacks these layers of it: {listed} (the LoRA is of {made_for})", hint="give a LoRA of a FLUX.1 model"
+    )

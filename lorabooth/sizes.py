@@ -1,0 +1,63 @@
+"""What a transformer weighs, and what that takes of a GPU: the arithmetic that memory plans of training and of generating share.
+
+All sizes are bytes of 10**9 to the GB.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from lorabooth.families.flux1 import NORMS
+
+GB = 1e9
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.516}
+"""Bytes of a base weight; nf4 with its block scales quantised too (4 + 8/64 + 32/(64 * 256) bits). Row scales of fp8 and int8 are left out."""
+BEST_FIRST = ("bf16", "int8", "fp8", "nf4")
+"""Precisions by exactness: of two plans of the same speed the first is taken."""
+RESERVE_BYTES, RESERVE_SHARE = 0.7 * GB, 0.04
+"""Libraries' workspaces, and what the allocator cannot use between two blocks of memory, which grows with what it holds."""
+MFU = 0.5
+"""Share of the GPU's own rate of matrix products that a training step is taken to reach; it orders plans and is no promise."""
+
+
+@dataclass(frozen=True)
+class BaseSizes:
+    """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, the largest linear's,
+    those of the modulation, and of everything else; and the tokens of a prompt."""
+
+    width: int
+    double: int
+    blocks: tuple[int, ...]
+    largest: int
+    modulation: int
+    rest: int
+    text_tokens: int
+
+    @staticmethod
+    def count(transformer: nn.Module, text_tokens: int) -> "BaseSizes":
+        """Count them on a transformer, which may be on the meta device."""
+        blocks = blocks_of(transformer)
+        counts = [[m.weight.numel() for name, m in linears(block) if not re.fullmatch(NORMS, name)] for block in blocks]
+        modulation = sum(m.weight.numel() for block in blocks for name, m in linears(block) if re.fullmatch(NORMS, name))
+        total = sum(p.numel() for p in transformer.parameters())
+        return BaseSizes(
+            width=cast(nn.Linear, transformer.get_submodule("x_embedder")).out_features,
+            double=len(list(transformer.get_submodule("transformer_blocks").children())),
+            blocks=tuple(map(sum, counts)),
+            largest=max(max(block) for block in counts),
+            modulation=modulation,
+            rest=total - modulation - sum(map(sum, counts)),
+            text_tokens=text_tokens,
+        )
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks in the order of the forward pass: double ones, then single ones."""
+    return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in transformer.get_submodule(name).children()]
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linears of a block by name."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
