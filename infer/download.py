@@ -17,9 +17,6 @@ from lorabooth.errors import UserError
 from lorabooth.runs import write_durable
 from lorabooth.web import Web, WebError
 
-ATTEMPTS = 5
-"""Attempts in a row that bring nothing; one that brings bytes starts the count again."""
-WAIT_SECONDS_LIMIT = 60.0
 BLOCK_BYTES = 512
 """By which the kind of a file can be told: the first block of a tar."""
 LIMIT_VARIABLE = "LORABOOTH_LORA_LIMIT_GB"
@@ -50,14 +47,17 @@ class Known:
 class Download:
     """One file, from `url` to `part`. `show` names it on the bar, None for no bar; a broken-off `part` of the same file is gone on with."""
 
-    def __init__(self, fetcher: Web, url: str, part: Path, token: str, limit_bytes: int, show: str | None, pause_seconds: float = 1.0):
+    def __init__(self, fetcher: Web, url: str, part: Path, token: str, limit_bytes: int, show: str | None):
         self.web, self.url, self.part, self.token = fetcher, url, part, token
-        self.limit_bytes, self.show, self.pause_seconds = limit_bytes, show, pause_seconds
+        self.limit_bytes, self.show = limit_bytes, show
         self.name = web.shown(web.parse(url))
         self.validators = part.with_suffix(".json")
 
     def run(self, known: Known | None = None) -> Downloaded:
-        """Fetch it; a UserError says why that cannot be. Where a copy is known there is no second attempt: that will do."""
+        """Fetch it; a UserError says why that cannot be. Where a copy is known there is no second attempt: that will do.
+
+        The count of failures begins again with each attempt that brings bytes.
+        """
         failed = 0
         while True:
             before = self._have()
@@ -65,9 +65,8 @@ class Download:
                 return self._attempt(known)
             except WebError as error:
                 failed = failed + 1 if self._have() <= before else 1
-                if known or not error.may_pass or failed >= ATTEMPTS or error.wait_seconds > WAIT_SECONDS_LIMIT:
+                if known or not self.web.pause(error, failed):
                     raise
-                time.sleep(max(error.wait_seconds, self.pause_seconds * 2 ** (failed - 1)))
 
     def _attempt(self, known: Known | None) -> Downloaded:
         have, validator = self._have(), self._validator()

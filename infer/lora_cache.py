@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -71,9 +71,9 @@ class LoraCache:
             folder.mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
-    def fetching(self, key: str) -> Iterator[bool]:
-        """Hold the right to download what `key` names; yields whether somebody else had it and was waited for."""
-        with _locked(self.locks / f"{key}.get") as waited:
+    def fetching(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Hold the right to download what `key` names; yields whether somebody else had it and was waited for, after `waiting` was called."""
+        with _locked(self.locks / f"{key}.get", waiting) as waited:
             yield bool(waited)
 
     def part(self, key: str) -> Path:
@@ -134,7 +134,7 @@ class LoraCache:
         """Delete what was used longest ago and is not in use, until the limit is kept; and downloads that nobody went on with."""
         for part in self.parts.iterdir():
             if part.suffix == ".part" and time.time() - _mtime(part) > PART_SECONDS:
-                with _locked(self.locks / f"{part.stem}.get", wait=False) as mine:
+                with _locked(self.locks / f"{part.stem}.get", None) as mine:
                     if mine is not None:
                         part.unlink(missing_ok=True)
                         part.with_suffix(".json").unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class LoraCache:
             for _, file, size in found:
                 if used <= self.limit_bytes:
                     return
-                with _locked(self.locks / f"{file.parent.name}.use", wait=False) as mine:
+                with _locked(self.locks / f"{file.parent.name}.use", None) as mine:
                     if mine is not None:
                         shutil.rmtree(file.parent, ignore_errors=True)
                         used -= size
@@ -157,16 +157,17 @@ def key_of(source: str) -> str:
 
 
 @contextmanager
-def _locked(file: Path, wait: bool = True) -> Iterator[bool | None]:
-    """Hold a lock file alone. Yields whether it had to be waited for, or None where it is held and must not be waited for."""
+def _locked(file: Path, waiting: Callable[[], None] | None = lambda: None) -> Iterator[bool | None]:
+    """Hold a lock file alone. Yields whether it had to be waited for, or None where it is held and not waited for (`waiting` is None)."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait:
+            if waiting is None:
                 yield None
                 return
+            waiting()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         else:

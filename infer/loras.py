@@ -63,7 +63,7 @@ class LoraStore:
     """Resolves references. It may be shared by threads, and its folder by processes.
 
     folder: of the downloads; limit_bytes: of one; cache_bytes: of all that are kept; civitai: in place of CivitAI's own
-    address, for all its hosts; show: whether a progress bar is drawn.
+    address, for all its hosts; show: whether a progress bar is drawn; pause_seconds: before a second attempt, then doubled.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class LoraStore:
         civitai: str = "", civitai_token: str = "", notice: Callable[[str], None] = to_stderr, show: bool = True, pause_seconds: float = 1.0,
     ) -> None:  # fmt: skip
         self.cache = LoraCache(folder or default_folder(), cache_bytes)
-        self.web = Web(addresses or Addresses())
+        self.web = Web(addresses or Addresses(), pause_seconds)
         self.civitai = Civitai(self.web, civitai_token, civitai)
-        self.limit_bytes, self.notice, self.show, self.pause_seconds = limit_bytes, notice, show, pause_seconds
+        self.limit_bytes, self.notice, self.show = limit_bytes, notice, show
 
     @classmethod
     def from_environment(cls) -> "LoraStore":
@@ -127,18 +127,19 @@ class LoraStore:
         """The file of a source: from the cache where its content is known and there, or the server says that it has not changed or cannot say."""
         self.cache.prepare()
         before = self.cache.record(source.key)
-        with self.cache.fetching(source.key) as waited:
+        with self.cache.fetching(source.key, lambda: self.notice(f"{source.shown} is being downloaded already; waiting for that")) as waited:
             record = self.cache.record(source.key)
             digest = source.sha256 or (record.sha256 if record else "")
             kept = self.cache.keep(digest)
             # What another process fetched while this one waited is as new as can be.
             if kept is not None and (source.sha256 or (waited and record != before)):
-                self.cache.point(source.key, record or Record(source.shown, digest))
+                if record is None or record.sha256 != digest:
+                    self.cache.point(source.key, Record(source.shown, digest))
                 return kept
             known = Known(record.etag, record.modified, record.fetched_bytes) if kept is not None and record else None
             try:
                 show = source.name if self.show else None
-                done = Download(self.web, source.url, self.cache.part(source.key), token, self.limit_bytes, show, self.pause_seconds).run(known)
+                done = Download(self.web, source.url, self.cache.part(source.key), token, self.limit_bytes, show).run(known)
                 if done.part is None and kept is not None:
                     return kept
                 new = self._take_in(done, source)

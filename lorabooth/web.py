@@ -7,6 +7,7 @@ It knows nothing of files; lorabooth never sends anything but GET through it.
 
 import json
 import ssl
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from lorabooth.errors import UserError
 REDIRECTS_LIMIT = 5
 TIMEOUT = httpx2.Timeout(60, connect=15)
 JSON_BYTES_LIMIT = 16 << 20
+ATTEMPTS = 4
+WAIT_SECONDS_LIMIT = 60.0
 REDIRECTS = (301, 302, 303, 307, 308)
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 """Answers that may be others a little later; those over 520 are of proxies in front of the server."""
@@ -38,8 +41,8 @@ class WebError(UserError):
 class Web:
     """Requests to any host that `addresses` allows. It may be used by several threads."""
 
-    def __init__(self, addresses: Addresses):
-        self.addresses = addresses
+    def __init__(self, addresses: Addresses, pause_seconds: float = 1.0):
+        self.addresses, self.pause_seconds = addresses, pause_seconds
 
     @contextmanager
     def get(self, address: str, headers: dict[str, str], token: str = "") -> Iterator[Response]:
@@ -60,7 +63,24 @@ class Web:
         raise WebError(f"{shown(first)} redirects more than {REDIRECTS_LIMIT} times, which is the limit", hint="give the address of the file itself")
 
     def json(self, address: str, token: str = "") -> Any:
-        """The answer to a GET as JSON, of at most 16 MiB."""
+        """The answer to a GET as JSON, of at most 16 MiB; a failure that may pass is waited out."""
+        failed = 0
+        while True:
+            try:
+                return self._json(address, token)
+            except WebError as error:
+                failed += 1
+                if not self.pause(error, failed):
+                    raise
+
+    def pause(self, error: WebError, failed: int) -> bool:
+        """Wait before another attempt after so many failures; False, at once, where there should be none."""
+        if not error.may_pass or failed >= ATTEMPTS or error.wait_seconds > WAIT_SECONDS_LIMIT:
+            return False
+        time.sleep(max(error.wait_seconds, self.pause_seconds * 2 ** (failed - 1)))
+        return True
+
+    def _json(self, address: str, token: str) -> Any:
         with self.get(address, {"Accept": "application/json"}, token) as response:
             data = bytearray()
             with failures(parse(address)):
@@ -71,7 +91,7 @@ class Web:
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
-            raise WebError(f"the answer of {shown(parse(address))} is not JSON", hint="try again later", may_pass=True) from None
+            raise WebError(f"the answer of {shown(parse(address))} is not JSON", hint="try again later") from None
 
     def _next(self, url: URL, response: Response) -> URL:
         location = response.headers.get("Location", "")

@@ -22,7 +22,7 @@ def answer(reference):
     os.environ["HF_TOKEN"] = token
     try:
         file = store.resolve(reference).file
-        return {"trigger": file.trigger_word, "sha256": file.sha256}
+        return {"trigger": file.trigger_word, "sha256": file.sha256, "name": file.name}
     except UserError as error:
         return {"message": error.message, "hint": error.hint}
 
@@ -60,6 +60,7 @@ def test_every_way_to_name_a_lora_of_the_hub(server: HubServer, tmp_path: Path):
     *found, no_revision, deep, no_file, large, none, notices = client(server, tmp_path / "home", PROGRAM, *references)
     top, inner = "tok.safetensors", "checkpoint-5/tok.safetensors"
     assert [answer.get("trigger", answer) for answer in found] == [top, top, inner, top, inner, top, inner]
+    assert found[0]["name"] == "someone/one"
     assert no_revision["message"] == "someone/one has no such revision" and "a branch, a tag" in no_revision["hint"]
     assert deep == {
         "message": "someone/deep holds no .safetensors file",
@@ -101,7 +102,7 @@ def test_a_lora_that_was_downloaded_is_used_when_the_hub_cannot_be_asked(server:
     online, *_ = client(server, home, PROGRAM, *server.repositories)
     server.repositories["someone/ill"].status, server.repositories["someone/forbidden"].status = 503, 403
     ill, forbidden, notices = client(server, home, PROGRAM, "someone/ill", "someone/forbidden")
-    assert ill == online and notices["notices"] == ["the hub cannot be reached; someone/ill is used as it was downloaded before"]
+    assert ill == online | {"name": "someone/ill"} and notices["notices"] == ["the hub cannot be reached; someone/ill is used as it was downloaded before"]
     assert "(HTTP 403)" in forbidden["message"]
     calls = len(server.calls)
     for trouble in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):

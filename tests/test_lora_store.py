@@ -15,10 +15,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from lora_server import LoraServer, lora_bytes, tar_bytes
 
+from infer import download
 from infer.loras import LoraStore, resolve
+from lorabooth import web
 from lorabooth.addresses import EVERYWHERE, Addresses
 from lorabooth.errors import UserError
 
@@ -163,11 +166,11 @@ def test_a_refusal_is_one_sentence_at_once(server: LoraServer, store: LoraStore,
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_passing_failure_is_waited_out(server: LoraServer, store: LoraStore, status: int):
-    url = server.put("/x.safetensors", LORA, statuses=[status] * 4)
+    url = server.put("/x.safetensors", LORA, statuses=[status] * 3)
     assert data_of(store, url) == LORA
     server.put("/y.safetensors", LORA, status=status)
     assert f"(HTTP {status})" in problem(store, f"{server.base}/y.safetensors").message
-    assert len(server.asked("/y.safetensors")) == 5
+    assert len(server.asked("/y.safetensors")) == 4
 
 
 def test_a_server_may_say_how_long_to_wait_within_reason(server: LoraServer, store: LoraStore):
@@ -176,6 +179,29 @@ def test_a_server_may_say_how_long_to_wait_within_reason(server: LoraServer, sto
     assert data_of(store, url) == LORA and time.monotonic() - began >= 1
     problem(store, server.put("/y.safetensors", LORA, status=429, headers={"Retry-After": "3600"}))
     assert len(server.asked("/y.safetensors")) == 1
+
+
+def test_a_server_that_falls_silent_is_given_up_and_gone_on_with(server: LoraServer, store: LoraStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(web, "TIMEOUT", httpx2.Timeout(0.2))
+    url = server.put("/x.safetensors", LORA, pause_seconds=1)
+    assert "does not answer in time" in problem(store, url).message
+    assert statuses(server, "/x.safetensors")[:2] == [200, 206]
+
+
+def test_a_server_that_gives_hardly_anything_is_given_up(server: LoraServer, store: LoraStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(download, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(download, "SLOW_BYTES", 10**9)
+    assert "comes too slowly" in problem(store, server.put("/x.safetensors", LORA, pause_seconds=0.3)).message
+
+
+def test_a_proxy_of_the_environment_is_used_and_given_the_checked_address(server: LoraServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", server.base)
+    monkeypatch.setenv("no_proxy", "direct.example")
+    store = new_store(server, tmp_path, [], addresses=Addresses(EVERYWHERE, lookup=lambda host, port: ["10.1.2.3" if host == "a.example" else "127.0.0.1"]))
+    server.put("http://10.1.2.3:8080/x.safetensors", LORA)
+    server.put("/y.safetensors", OTHER)
+    assert data_of(store, "http://a.example:8080/x.safetensors") == LORA and server.calls[0].headers["Host"] == "a.example:8080"
+    assert data_of(store, f"http://direct.example:{server.server_port}/y.safetensors") == OTHER
 
 
 def test_redirects_to_another_server_are_followed(server: LoraServer, store: LoraStore):
@@ -401,6 +427,13 @@ def test_an_answer_of_civitai_in_another_shape_is_one_sentence(server: LoraServe
     problem(store, "https://civitai.com/models/12?modelVersionId=33")
 
 
+def test_a_passing_failure_of_civitai_is_waited_out(server: LoraServer, store: LoraStore):
+    civitai(server)
+    for path in ("/api/v1/models/12", "/api/v1/model-versions/33", "/api/download/models/33"):
+        server.pages[path].statuses = [503, 429, 502]
+    assert data_of(store, "https://civitai.com/models/12") == LORA
+
+
 # Offline
 
 
@@ -425,7 +458,7 @@ def test_without_network_what_was_downloaded_is_used_with_a_notice(server: LoraS
 # Several at once
 
 
-def test_threads_that_want_the_same_file_download_it_once(server: LoraServer, store: LoraStore):
+def test_threads_that_want_the_same_file_download_it_once(server: LoraServer, store: LoraStore, notices: list[str]):
     url = server.put("/x.safetensors", LORA, pause_seconds=0.5)
     found: list[bytes] = []
     threads = [threading.Thread(target=lambda: found.append(data_of(store, url))) for _ in range(8)]
@@ -433,7 +466,7 @@ def test_threads_that_want_the_same_file_download_it_once(server: LoraServer, st
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [LORA] * 8
+    assert found == [LORA] * 8 and len(notices) == 7 and "is being downloaded already" in notices[0]
     assert statuses(server, "/x.safetensors").count(200) == 1
 
 
