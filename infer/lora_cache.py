@@ -62,6 +62,7 @@ class LoraCache:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self._verified: set[tuple[str, int, int]] = set()
         self.files, self.records, self.parts, self.locks = (folder / name for name in ("files", "records", "parts", "locks"))
 
     def prepare(self) -> None:
@@ -96,7 +97,7 @@ class LoraCache:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Only now: whoever deletes holds the lock meanwhile.
             for file in sorted((self.files / digest).glob("*.safetensors")):
-                if sha256_file(file) == digest:
+                if self._is_whole(file, digest):
                     os.utime(file)
                     return Kept(file, descriptor)
                 file.unlink(missing_ok=True)
@@ -105,6 +106,15 @@ class LoraCache:
             raise
         os.close(descriptor)
         return None
+
+    def _is_whole(self, file: Path, digest: str) -> bool:
+        """Whether a file is what its folder says, read once in the life of this object: a server uses one LoRA many times."""
+        found = file.stat()
+        seen = (digest, found.st_ino, found.st_size)
+        if seen not in self._verified and sha256_file(file) != digest:
+            return False
+        self._verified.add(seen)
+        return True
 
     def put(self, key: str, part: Path, digest: str, name: str, record: Record) -> Kept:
         """Take a whole file in under its content, then the record that points to it, then make room."""

@@ -1,10 +1,13 @@
 """LoRAs from web servers: real servers on this machine (tests/lora_server.py), real files, real processes."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,12 +20,15 @@ from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lora_server import LoraServer, lora_bytes, tar_bytes
 
 from infer import download
 from infer.loras import LoraStore, resolve
 from lorabooth import web
 from lorabooth.addresses import EVERYWHERE, Addresses
+from lorabooth.cli import main
 from lorabooth.errors import UserError
 
 LORA, OTHER = lora_bytes(100_000), lora_bytes(100_000, "OTHER")
@@ -228,6 +234,53 @@ def test_a_name_for_the_file_is_found_in_the_address(server: LoraServer, store: 
         ("/lora", "127.0.0.1"),
     ):
         assert store.resolve(server.put(path, lora_bytes(8, path))).file.name == name
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[str, list[bytes]]]:
+    """A server that answers every request with the next of these bytes, whatever they are."""
+    answers: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    with contextlib.suppress(OSError):
+                        connection.sendall(answers[0] if answers else b"")
+                        connection.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/x.safetensors", answers
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+FIELDS = {
+    "Content-Length": ["-1", "0", "9" * 5000, "1e3", "5, 6", "\u0663"], "Content-Range": ["bytes 5-6/7", "x"], "ETag": ['"a', "\xff\xfe", "W/"],
+    "Retry-After": ["-1", "9" * 99], "Location": ["//", "https://[", "\x00", "http://\xff/"], "Transfer-Encoding": ["chunked", "gzip"],
+    "Content-Encoding": ["gzip", "nonsense"], "X": ["y" * 200_000],
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.sampled_from([200, 206, 304, 301, 302, 416, 429, 503]), st.integers(0, 1099)),
+    st.lists(st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(FIELDS[name]))), max_size=4),
+    st.binary(max_size=700),
+    st.booleans(),
+)
+def test_whatever_a_server_sends_is_a_sentence(
+    raw: tuple[str, list[bytes]], tmp_path: Path, status: int, fields: list[tuple[str, str]], body: bytes, garbage: bool
+):
+    url, answers = raw
+    lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in fields)]
+    answers[:] = [body if garbage else "\r\n".join(lines).encode("utf-8", "surrogateescape") + b"\r\n\r\n" + body]
+    with pytest.raises(UserError):
+        LoraStore(tmp_path / "cache", addresses=Addresses(EVERYWHERE), show=False, pause_seconds=0).resolve(url)
 
 
 # What arrives
@@ -554,6 +607,28 @@ def test_a_file_that_another_process_uses_is_not_deleted(server: LoraServer, tmp
     assert cached(store) == set()
 
 
+def test_many_threads_in_little_room_each_get_their_file(server: LoraServer, tmp_path: Path):
+    bodies = {server.put(f"/{name}.safetensors", lora_bytes(20_000, name)): lora_bytes(20_000, name) for name in "abcdef"}
+    stores = [new_store(server, tmp_path, [], cache_bytes=170_000) for _ in range(2)]
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        for url in random.Random(seed).choices(list(bodies), k=15):
+            choice = stores[seed % 2].resolve(url)
+            if choice.file.path.read_bytes() != bodies[url]:
+                wrong.append(url)
+            del choice
+            stores[seed % 2].cache.make_room()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(cached(stores[0])) == 2
+    assert sum(call.status == 200 for call in server.calls) > 6, "what was in the way did go"
+
+
 def test_old_parts_go_and_new_ones_stay(server: LoraServer, store: LoraStore):
     problem(store, server.put("/old.safetensors", LORA, cuts=[100_000] + [0] * 10))
     (old,) = store.cache.parts.glob("*.part")
@@ -574,6 +649,22 @@ def test_the_cache_is_for_its_owners_eyes_and_may_be_damaged(server: LoraServer,
         assert data_of(store, url) == LORA
     path.write_bytes(LORA[:-1])
     assert data_of(store, url) == LORA, "a damaged file is fetched again"
+
+
+# The command
+
+
+def test_a_lora_that_cannot_be_had_is_one_sentence_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for reference in (
+        "https://127.0.0.1/x.safetensors?sig=s3cret",
+        "https://civitai.com/models/x",
+        "https://a.example/x.ckpt",
+        "https://user:s3cret@a.example/x",
+    ):
+        assert main(["generate", "TOK", "--model", "mini", "--lora", f"{reference}:0.5", "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("lorabooth: ") and len(said.splitlines()) == 2 and "s3cret" not in said
 
 
 # Settings
