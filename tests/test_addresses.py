@@ -19,14 +19,6 @@ from lorabooth.web import REDIRECTS_LIMIT, Web, WebError
 ONE = ipaddress.ip_network("127.0.0.1/32")
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoraServer]:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with LoraServer() as running:
-        yield running
-
-
 def fetched(fetcher: Web, url: str, token: str = "") -> bytes:
     with fetcher.get(url, {}, token) as response:
         return b"".join(response.iter_raw())
@@ -75,12 +67,12 @@ def test_an_address_within_one_of_ipv6_is_judged_alike(address: ipaddress.IPv4Ad
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_no_spelling_of_this_machine_gets_a_connection(server: LoraServer, host: str, scheme: str):
-    for port in (f":{server.server_port}", ""):
+def test_no_spelling_of_this_machine_gets_a_connection(site: LoraServer, host: str, scheme: str):
+    for port in (f":{site.server_port}", ""):
         with pytest.raises(UserError) as caught:
             fetched(Web(Addresses()), f"{scheme}://{host}{port}/x")
         assert "169.254" not in caught.value.message or "169.254" in host
-    assert server.calls == []
+    assert site.calls == []
 
 
 @pytest.mark.parametrize(
@@ -96,59 +88,59 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused():
         Addresses(lookup=lambda host, port: ["8.8.8.8", "10.0.0.1"]).of("a.example", 443)
 
 
-def test_the_host_is_looked_up_once_and_the_checked_address_is_the_one_connected_to(server: LoraServer):
-    server.put("/x", b"good")
-    with LoraServer("127.0.0.2", server.server_port) as canary:
+def test_the_host_is_looked_up_once_and_the_checked_address_is_the_one_connected_to(site: LoraServer):
+    site.put("/x", b"good")
+    with LoraServer("127.0.0.2", site.server_port) as canary:
         canary.put("/x", b"bad")
         answers = [["127.0.0.1"], ["127.0.0.2"], ["127.0.0.2"]]  # the second look-up leads elsewhere
         fetcher = Web(Addresses([ONE], lookup=lambda host, port: answers.pop(0)))
-        assert fetched(fetcher, f"http://rebinding.example:{server.server_port}/x") == b"good"
+        assert fetched(fetcher, f"http://rebinding.example:{site.server_port}/x") == b"good"
         assert len(answers) == 2 and canary.calls == []
-        assert server.calls[0].headers["Host"] == f"rebinding.example:{server.server_port}"
+        assert site.calls[0].headers["Host"] == f"rebinding.example:{site.server_port}"
         with pytest.raises(UserError, match="private network"):
-            fetched(fetcher, f"http://rebinding.example:{server.server_port}/x")
+            fetched(fetcher, f"http://rebinding.example:{site.server_port}/x")
         assert canary.calls == []
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_redirect_to_an_address_that_is_not_allowed_is_not_followed(server: LoraServer, status: int, steps: int):
+def test_a_redirect_to_an_address_that_is_not_allowed_is_not_followed(site: LoraServer, status: int, steps: int):
     with LoraServer("127.0.0.2") as canary:
         canary.put("/x", b"secret")
         for step in range(1, steps):
-            server.put(f"/{step}", status=status, location=f"/{step + 1}")
-        first = server.put(f"/{steps}", status=status, location=f"{canary.base}/x").replace(f"/{steps}", "/1")
+            site.put(f"/{step}", status=status, location=f"/{step + 1}")
+        first = site.put(f"/{steps}", status=status, location=f"{canary.base}/x").replace(f"/{steps}", "/1")
         with pytest.raises(UserError, match="private network"):
             fetched(Web(Addresses([ONE])), first)
-        assert canary.calls == [] and len(server.calls) == steps
+        assert canary.calls == [] and len(site.calls) == steps
 
 
-def test_redirects_are_followed_up_to_the_limit(server: LoraServer):
+def test_redirects_are_followed_up_to_the_limit(site: LoraServer):
     for step in range(1, 10):
-        server.put(f"/{step}", status=302, location=f"/{step + 1}")
-    server.put("/10", b"there")
+        site.put(f"/{step}", status=302, location=f"/{step + 1}")
+    site.put("/10", b"there")
     fetcher = Web(Addresses([ONE]))
-    assert fetched(fetcher, f"{server.base}/{10 - REDIRECTS_LIMIT}") == b"there"
+    assert fetched(fetcher, f"{site.base}/{10 - REDIRECTS_LIMIT}") == b"there"
     with pytest.raises(WebError, match="redirects more than 5 times"):
-        fetched(fetcher, f"{server.base}/{9 - REDIRECTS_LIMIT}")
+        fetched(fetcher, f"{site.base}/{9 - REDIRECTS_LIMIT}")
 
 
 @pytest.mark.parametrize("location", ["", "ftp://a/", "http://[", "file:///etc/passwd"])
-def test_a_redirect_to_no_address_is_a_sentence(server: LoraServer, location: str):
+def test_a_redirect_to_no_address_is_a_sentence(site: LoraServer, location: str):
     with pytest.raises(UserError):
-        fetched(Web(Addresses([ONE])), server.put("/x", status=302, location=location, headers={} if location else {"X-None": "1"}))
+        fetched(Web(Addresses([ONE])), site.put("/x", status=302, location=location, headers={} if location else {"X-None": "1"}))
 
 
-def test_a_token_stays_with_its_host(server: LoraServer):
+def test_a_token_stays_with_its_host(site: LoraServer):
     with LoraServer("127.0.0.2") as other, LoraServer() as port:
         for target in (other, port):
-            server.put("/away", status=307, location=target.put("/x", b"file"))
-            assert fetched(Web(Addresses(EVERYWHERE)), f"{server.base}/away", token="secret") == b"file"
+            site.put("/away", status=307, location=target.put("/x", b"file"))
+            assert fetched(Web(Addresses(EVERYWHERE)), f"{site.base}/away", token="secret") == b"file"
             assert "Authorization" not in target.calls[0].headers
-        server.put("/here", status=307, location="/x")
-        server.put("/x", b"file", token="secret")
-        assert fetched(Web(Addresses(EVERYWHERE)), f"{server.base}/here", token="secret") == b"file"
-        assert [call.headers["Authorization"] for call in server.calls] == ["Bearer secret"] * 4
+        site.put("/here", status=307, location="/x")
+        site.put("/x", b"file", token="secret")
+        assert fetched(Web(Addresses(EVERYWHERE)), f"{site.base}/here", token="secret") == b"file"
+        assert [call.headers["Authorization"] for call in site.calls] == ["Bearer secret"] * 4
 
 
 def test_unencrypted_addresses_are_for_private_networks_that_are_allowed():
@@ -178,7 +170,7 @@ def test_a_host_that_has_no_address_is_said():
 
 
 @pytest.fixture
-def encrypted(server: LoraServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoraServer]:
+def encrypted(site: LoraServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoraServer]:
     """The server by TLS, under the name lora.example, of an authority that is trusted."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     options = ["-subj", "/CN=lora.example", "-addext", "subjectAltName=DNS:lora.example", "-days", "2", "-keyout", str(key), "-out", str(certificate)]
@@ -189,10 +181,10 @@ def encrypted(server: LoraServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pytest.skip("no openssl command here")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    site.socket = context.wrap_socket(site.socket, server_side=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     web._tls.cache_clear()
-    yield server
+    yield site
     web._tls.cache_clear()
 
 
