@@ -197,7 +197,9 @@ class LoraFile:
 
     @property
     def name(self) -> str:
-        """What to call it: the run's folder for our own files, else the file's stem."""
+        """What to call it: the run's folder for our own files, the repository for those in the hub's cache, else the file's stem."""
+        if self.path.parent.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>/lora.safetensors
+            return self.path.parents[2].name.removeprefix("models--").replace("--", "/")
         return self.path.parent.name if self.path.name == "lora.safetensors" else self.path.stem
 
     @cached_property
