@@ -4,6 +4,7 @@ Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out,
 The strength alpha / rank is folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -206,6 +207,13 @@ class LoraFile:
     def sha256(self) -> str:
         """Hex digest of the file."""
         return sha256_file(self.path)
+
+    @cached_property
+    def tensors_sha256(self) -> str:
+        """Hex digest of what follows the header: the hash by which kohya's trainer, AUTOMATIC1111 and CivitAI know a LoRA."""
+        with self.path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def trigger_word(self) -> str:
