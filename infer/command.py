@@ -2,22 +2,28 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
 import click
+from PIL import ImageOps
 from tqdm import tqdm
 
 from infer import loras as lora_store
 from infer import picture
 from infer.engine import Engine
 from infer.loras import LoraChoice
+from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import ASPECT_RATIOS, FORMATS, Request, any_seed, size_for
 from lorabooth.errors import UserError
 
+FULL_SIZE_ON_SHEET = 16
+SMALL_PX = 320
+
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option(
     "--lora",
     "references",
@@ -37,11 +43,13 @@ from lorabooth.errors import UserError
 @click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
+@prompt_options
 def generate(
-    prompt: str, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None, height: int | None,
-    num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
+    prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None,
+    height: int | None, num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
+    prompt_options: PromptOptions,
 ) -> None:  # fmt: skip
-    """Make pictures from PROMPT, with the trigger word of a LoRA in it.
+    """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 
     Writes out-0.webp, out-1.webp ... and, for more than one, contact-sheet.png. Each file carries its parameters.
     Pictures that are in the folder already are kept: the numbers go on behind them.
@@ -51,6 +59,9 @@ def generate(
       lorabooth generate "a portrait of TOK in a chef's suit, smiling" --lora runs/TOK-photos -n 4 --seed 7
     Example, two LoRAs with weights, wide:
       lorabooth generate "TOK and a fox" --lora runs/TOK-photos:0.9 --lora owner/foxes:0.6 --aspect-ratio 16:9
+    Example, choices that the seed makes, and the built-in portraits:
+      lorabooth generate "TOK in a {red|blue} {hat|scarf}" --lora runs/TOK-photos -n 8
+      lorabooth generate --template all --lora runs/TOK-photos
     """
     choices = tuple(lora_store.resolve(reference) for reference in references)
     engine = Engine(model or base_of(choices))
@@ -58,32 +69,40 @@ def generate(
         sized = size_for(aspect_ratio, engine.family.native_px)
         width, height = sized[0] if width is None else width, sized[1] if height is None else height
     chosen = any_seed() if seed is None else seed
-    request = Request(prompt, width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
-    _notices(engine, request, choices, seed is None)
-    files = write_pictures(engine, request, choices, out, output_format, output_quality)
+    prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
+    request = Request(prompts.texts[0], width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
+    requests = prompts.requests(request)
+    _notices(engine, requests, prompts, seed is None)
+    files = write_pictures(engine, requests, choices, out, output_format, output_quality)
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files))
 
 
-def write_pictures(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80) -> list[dict[str, str | int]]:
+def write_pictures(
+    engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80
+) -> list[dict[str, str | int]]:
     """Generate and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
     files: list[dict[str, str | int]] = []
     shown = []
     taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
     first = max(taken, default=-1) + 1
-    with tqdm(total=request.num_outputs * request.num_inference_steps, desc="generate", unit="step") as bar:
+    total = sum(request.num_outputs for request in requests)
+    with tqdm(total=sum(request.num_outputs * request.num_inference_steps for request in requests), desc="generate", unit="step") as bar:
+        for request in requests:
+            before = bar.n
 
-        def advance(done: int, _: int) -> None:
-            bar.update(done - bar.n)
+            def advance(done: int, _: int, before: float = before) -> None:
+                bar.update(before + done - bar.n)
 
-        for i, output in enumerate(engine.generate(request, choices, advance)):
-            file = out / f"out-{first + i}.{form}"
-            picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
-            files.append({"file": str(file), "seed": output.seed})
-            shown.append((output.image, f"seed {output.seed}"))
+            for output in engine.generate(request, choices, advance):
+                file = out / f"out-{first + len(files)}.{form}"
+                picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
+                files.append({"file": str(file), "seed": output.seed})
+                # Hundreds of full pictures on one sheet nobody can open.
+                shown.append((output.image if total <= FULL_SIZE_ON_SHEET else ImageOps.contain(output.image, (SMALL_PX, SMALL_PX)), f"seed {output.seed}"))
     if len(shown) > 1:
         sheet = out / "contact-sheet.png"
-        picture.write(sheet, picture.contact_sheet(shown), picture.Making(request, request.seed, engine.family.model, choices))
-        files.append({"file": str(sheet), "seed": request.seed})
+        picture.write(sheet, picture.contact_sheet(shown), picture.Making(requests[0], requests[0].seed, engine.family.model, choices))
+        files.append({"file": str(sheet), "seed": requests[0].seed})
     return files
 
 
@@ -98,13 +117,12 @@ def base_of(choices: tuple[LoraChoice, ...]) -> str:
     return base
 
 
-def _notices(engine: Engine, request: Request, choices: tuple[LoraChoice, ...], drawn_seed: bool) -> None:
+def _notices(engine: Engine, requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:
     if drawn_seed:
-        click.echo(f"Using seed: {request.seed}", err=True)
-    cut = engine.family.cut(request.prompt)
-    if cut:
-        click.echo(f"note: the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}", err=True)
-    for choice in choices:
-        trigger = choice.file.trigger_word
-        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", request.prompt, re.ASCII):
-            click.echo(f"note: the prompt lacks {trigger!r}, the trigger word of {choice.file.name}; the person will not appear without it", err=True)
+        click.echo(f"Using seed: {requests[0].seed}", err=True)
+    for prompt in dict.fromkeys(request.prompt for request in requests):
+        cut = engine.family.cut(prompt)
+        if cut:
+            click.echo(f"note: the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}", err=True)
+    for note in prompts.notes():
+        click.echo(f"note: {note}", err=True)

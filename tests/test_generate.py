@@ -266,18 +266,12 @@ def test_a_random_seed_is_printed_and_makes_the_picture_again(tmp_path: Path, ca
     assert (tmp_path / "a" / "out-1.webp").read_bytes() == (tmp_path / "b" / "out-0.webp").read_bytes()
 
 
-def test_a_missing_trigger_and_a_prompt_that_is_cut_are_noticed(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_prompt_that_is_cut_is_noticed(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", PROMPT, *FAST, "--lora", str(tiny_run), "--seed", "1", "--out", str(tmp_path)]) == 0
     assert "note:" not in capsys.readouterr().err
-    assert main(["generate", "a portrait " + "in a red hoodie " * 20, *FAST, "--lora", str(tiny_run), "--out", str(tmp_path)]) == 0
+    assert main(["generate", "TOK " + "in a red hoodie " * 20, *FAST, "--lora", str(tiny_run), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert "note: the prompt lacks 'TOK'" in said
     assert re.search(r"note: the prompt is too long for this model; it will not see: .*red hoodie.* \.\.\.\n", said)
-
-
-def test_a_trigger_that_is_only_part_of_a_word_is_missing(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["generate", "a portrait of TOKYO", *FAST, "--lora", str(tiny_run), "--out", str(tmp_path)]) == 0
-    assert "lacks 'TOK'" in capsys.readouterr().err
 
 
 # Mistakes

@@ -51,6 +51,11 @@ def pixels(engine: Engine, loras: tuple[LoraChoice, ...]) -> np.ndarray:
     return np.asarray(next(engine.generate(request, loras)).image, dtype=np.int16)
 
 
+def pooled_of(engine: Engine, *loras: LoraChoice) -> torch.Tensor:
+    """What CLIP makes of a prompt with LoRAs."""
+    return engine.base.prompts.encode("a portrait of TOK", engine.adapters.weighted(loras)[1]).pooled
+
+
 def test_plain_diffusers_reads_both_parts_and_makes_the_picture_that_the_generator_makes(clip_run: Path, mini_pipe: FluxPipeline, tmp_path: Path):
     keys = set(load_file(clip_run / "lora.safetensors"))
     for side in "AB":
@@ -67,23 +72,22 @@ def test_plain_diffusers_reads_both_parts_and_makes_the_picture_that_the_generat
         mini_pipe.unload_lora_weights()
     plain = mini_pipe.encode_prompt("a portrait of TOK", None, max_sequence_length=48)[1]
     engine, choice = Engine("mini"), resolve(str(clip_run))
-    assert_close(engine._encode("a portrait of TOK", (choice,)).pooled, pooled, rtol=1e-5, atol=1e-5)
+    assert_close(pooled_of(engine, choice), pooled, rtol=1e-5, atol=1e-5)
     assert (pooled - plain).abs().max() > 0.01, "the part for CLIP changes nothing, so the comparison above shows nothing"
     assert np.abs(pixels(engine, (choice,)) - np.asarray(image, dtype=np.int16)).max() <= 2
 
 
 def test_the_weight_of_a_lora_is_that_of_its_clip_part_too(clip_run: Path, tmp_path: Path):
     engine, choice = Engine("mini"), resolve(str(clip_run))
-    prompt = "a portrait of TOK"
-    without = engine._encode(prompt, ()).pooled
-    whole, half, none = (engine._encode(prompt, (LoraChoice(choice.file, weight),)).pooled for weight in (1.0, 0.5, 0.0))
+    without = pooled_of(engine)
+    whole, half, none = (pooled_of(engine, LoraChoice(choice.file, weight)) for weight in (1.0, 0.5, 0.0))
     assert_close(none, without, rtol=1e-5, atol=1e-5)
     assert 0.2 < (half - without).norm() / (whole - without).norm() < 0.8
     # The same file without that part: the prompt is encoded as without a LoRA, and the picture is another one.
     state = {key: t for key, t in load_file(clip_run / "lora.safetensors").items() if key.startswith("transformer.")}
     save_file(state, tmp_path / "part.safetensors")
     part = LoraChoice(LoraFile.read(tmp_path / "part.safetensors"), 1.0)
-    assert engine._encode(prompt, (part,)).pooled is without
+    assert pooled_of(engine, part) is without
     assert np.abs(pixels(engine, (part,)) - pixels(engine, (choice,))).max() > 2
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lorabooth.checkpoints import folders, verified
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
 
@@ -107,14 +108,4 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _folders(run: RunDir) -> list[Path]:
-    return sorted(run.checkpoints.glob("step-*"), reverse=True)
-
-
-def verified(folder: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint whose files are what they were when it was written; None of any other."""
-    try:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        whole = "optimizer" in record and all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if whole else None
+    return folders(run)[::-1]

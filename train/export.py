@@ -1,24 +1,21 @@
 """Stage: the last checkpoint -> lora.safetensors, proven to load, and the run report."""
 
 import json
-import re
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from safetensors.torch import load_file
-from torch import Tensor
 
 from lorabooth import __version__, consent, hub
+from lorabooth.checkpoints import file_dtype, named
 from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
 from lorabooth.errors import StageFailed, UserError
 from lorabooth.families import load_family
-from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, LoraFile, LoraSpec, clip_tensors, save_lora, since, tensors
+from lorabooth.lora import LoraFile, LoraSpec, save_lora
 from lorabooth.runs import RunDir
 from train import report
 from train.base import pinned
@@ -35,31 +32,12 @@ def run(run_dir: RunDir, raw: bool = False) -> Path:
         raise UserError(f"{run_dir.path} has not been trained to its last step", hint=f"go on with: python -m train fit {run_dir.path}")
     config = run_dir.config
     spec = LoraSpec.of(config)
-    state = _named(config, final_weights(run_dir, raw))
-    if config.lora_init == "pissa":
-        state = since(load_file(run_dir.lora_start), state)
-    dtype = torch.float32 if config.model == "mini" else torch.bfloat16
+    state = named(run_dir, final_weights(run_dir, raw))
     path = run_dir.path / "lora-raw.safetensors" if raw else run_dir.lora
-    save_lora(path, state, spec, metadata(run_dir), dtype)
+    save_lora(path, state, spec, metadata(run_dir), file_dtype(config))
     check_loads(path, len(state))
     report.write(run_dir)
     return path
-
-
-def _named(config: TrainConfig, weights: list[Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint, which numbers them in the order they were attached in, by their file keys."""
-    family = load_family(config.model)
-    # Skeletons on the meta device turn numbers into names. They have no weights that a start could be taken from.
-    spec, transformer = replace(LoraSpec.of(config), init="default"), family.empty_transformer()
-    parameters = spec.attach(transformer, config.seed)
-    keys, named = list(tensors(transformer)), dict(transformer.named_parameters())
-    if config.train_text_encoder:
-        text_encoder = family.empty_clip()
-        parameters += spec.attach_clip(text_encoder, config.seed)
-        keys += clip_tensors(text_encoder)
-        named |= {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): p for name, p in text_encoder.named_parameters()}
-    weight_of = {id(p): w for p, w in zip(parameters, weights, strict=True)}
-    return {key: weight_of[id(named[_parameter_name(key)])] for key in keys}
 
 
 def check_model(config: TrainConfig) -> None:
@@ -119,8 +97,3 @@ def check_loads(path: Path, expected: int) -> None:
     LoraFile.read(path)
     state, _ = FluxPipeline.lora_state_dict(str(path), return_alphas=True)
     assert len(state) == expected, f"{path}: diffusers reads {len(state)} of {expected} tensors"
-
-
-def _parameter_name(key: str) -> str:
-    """`transformer.a.b.lora_A.weight` -> PEFT's parameter name `a.b.lora_A.default.weight`; so for DoRA's `.lora_magnitude_vector`."""
-    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)(\.weight)?$", r".\1.default.weight", key.removeprefix("transformer."))

@@ -156,7 +156,7 @@ class Flux1:
     def count_weights(self, component: str) -> int:
         """How many weights the VAE or a text encoder has, from its config."""
         config = hub.component_config(self.model, component)
-        with init_empty_weights():
+        with torch.device("meta"):  # which keeps tied weights one
             if component == "vae":
                 part: torch.nn.Module = AutoencoderKL.from_config(config)
             else:

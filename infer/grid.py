@@ -1,0 +1,106 @@
+"""`Grid`: prompts as rows, LoRAs as columns, one seed; what is made already is not made again."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from infer import picture
+from infer.columns import Column
+from infer.engine import Engine
+from infer.prompts import PICTURES_LIMIT
+from infer.request import Request
+from lorabooth.errors import UserError
+from lorabooth.runs import write_durable
+
+FULL_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a grid: where it stands, how it is made, its file."""
+
+    row: int
+    column: int
+    making: picture.Making
+    file: Path
+
+    @cached_property
+    def is_made(self) -> bool:
+        """Whether the file is there, whole, and made in this way; a program of another version makes it again."""
+        try:
+            with Image.open(self.file) as image:
+                image.load()
+            return picture.making_of(self.file) == _plain(self.making.record())
+        except (OSError, ValueError, SyntaxError):  # what pillow raises on a file that is missing, cut short or another thing
+            return False
+
+
+class Grid:
+    """A grid in a folder: pictures/, and beside it what shows them."""
+
+    def __init__(self, rows: Sequence[Request], columns: Sequence[Column], model: str, folder: Path):
+        if len(rows) * len(columns) > PICTURES_LIMIT:
+            raise UserError(
+                f"{len(rows)} prompts x {len(columns)} columns make {len(rows) * len(columns)} pictures; the limit is {PICTURES_LIMIT}",
+                hint="take fewer prompts, weights or checkpoints",
+            )
+        self.rows, self.columns, self.model, self.folder = rows, columns, model, folder
+        # Column by column: LoRAs are changed as seldom as can be.
+        self.cells = [self._cell(r, c) for c in range(len(columns)) for r in range(len(rows))]
+
+    def _cell(self, row: int, column: int) -> Cell:
+        request, chosen = self.rows[row], self.columns[column]
+        making = picture.Making(request, request.seed, self.model, chosen.loras)
+        # By its making, not its place: a row or a column more leaves the pictures of the others as they are.
+        digest = hashlib.sha256(json.dumps(making.record(), sort_keys=True).encode()).hexdigest()
+        return Cell(row, column, making, self.folder / "pictures" / f"{chosen.label.replace(' ', '-')}-{digest[:12]}.webp")
+
+    def make(self, engine: Engine) -> int:
+        """Make the pictures that are missing; how many those were (two equal rows share theirs)."""
+        missing = list({cell.file: cell for cell in self.cells if not cell.is_made}.values())
+        with tqdm(total=sum(cell.making.request.num_inference_steps for cell in missing), desc="grid", unit="step", disable=not missing) as bar:
+            for cell in missing:
+                before = bar.n
+
+                def advance(done: int, _: int, before: float = before) -> None:
+                    bar.update(before + done - bar.n)
+
+                output = next(iter(engine.generate(cell.making.request, cell.making.loras, advance)))
+                picture.write(cell.file, output.image, cell.making, FULL_QUALITY)
+        return len(missing)
+
+    def pictures(self, px: int) -> Iterator[tuple[Cell, Image.Image]]:
+        """Each cell with its picture, row by row, the longer side `px` long."""
+        for cell in sorted(self.cells, key=lambda cell: (cell.row, cell.column)):
+            with Image.open(cell.file) as image:
+                scale = px / max(image.size)
+                yield cell, image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON of all that the grid shows; files relative to its folder."""
+        cells = sorted(self.cells, key=lambda cell: (cell.row, cell.column))
+        return {
+            "prompts": [request.prompt for request in self.rows],
+            "columns": [column.label for column in self.columns],
+            "pictures": [
+                {"row": cell.row, "column": cell.column, "file": cell.file.relative_to(self.folder).as_posix(), "making": cell.making.record()}
+                for cell in cells
+            ],
+        }
+
+    def write_record(self) -> Path:
+        """Write grid.json."""
+        file = self.folder / "grid.json"
+        write_durable(file, json.dumps(self.record(), indent=1).encode())
+        return file
+
+
+def _plain(record: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(record))

@@ -1,0 +1,81 @@
+"""`lorabooth grid`: prompts beside weights of a LoRA, or beside the checkpoints of a training run."""
+
+from pathlib import Path
+
+import click
+
+from infer import grid_page
+from infer import loras as lora_store
+from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
+from infer.command import base_of
+from infer.engine import Engine
+from infer.grid import Grid
+from infer.prompts import PromptOptions, Prompts, prompt_options
+from infer.request import ASPECT_RATIOS, Request, size_for
+from lorabooth.errors import UserError
+from lorabooth.runs import RunDir
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID", help="LoRA whose weights are compared; further ones keep theirs.")
+@click.option("--weights", help=f"Weights by commas, or from..to+step such as 0..1.2+0.2. [default: {DEFAULT_WEIGHTS}]")
+@click.option("--checkpoints", "run", type=click.Path(path_type=Path), metavar="RUN", help="Compare the checkpoints of this run instead of weights.")
+@click.option("--model", help="Base model. [default: the one the LoRA was trained on]")
+@click.option("--seed", type=int, default=42, show_default=True, help="Start of the noise, the same for all pictures.")
+@click.option("--aspect-ratio", default="1:1", show_default=True, help=f"One of {', '.join(ASPECT_RATIOS)}.")
+@click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio.")
+@click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio.")
+@click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50.")
+@click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("grid"), show_default=True, help="Folder for the grid.")
+@prompt_options
+def grid(
+    prompts: tuple[str, ...], references: tuple[str, ...], weights: str | None, run: Path | None, model: str | None, seed: int, aspect_ratio: str,
+    width: int | None, height: int | None, num_inference_steps: int, guidance_scale: float, out: Path, prompt_options: PromptOptions,
+) -> None:  # fmt: skip
+    """Compare PROMPTs (rows) at several weights of a LoRA, or at the checkpoints of a run (columns); the first column is without a LoRA.
+
+    Writes index.html, grid.png and grid.json into the folder, the full pictures beside them. The same command again
+    makes only the pictures that are missing.
+
+    \b
+    Example:
+      lorabooth grid "a portrait of TOK" "TOK as a chef" --lora runs/TOK-photos
+    Example, which checkpoint is best, on the built-in portraits:
+      lorabooth grid --template all --checkpoints runs/TOK-photos
+    """
+    columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
+    engine = Engine(model or base)
+    if width is None or height is None:
+        sized = size_for(aspect_ratio, engine.family.native_px)
+        width, height = sized[0] if width is None else width, sized[1] if height is None else height
+    asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], engine.family.model == "mini")
+    rows = asked.requests(Request(asked.texts[0], width, height, seed, 1, num_inference_steps, guidance_scale))
+    made = Grid(rows, columns, engine.family.model, out)
+    for note in (*notes, *asked.notes()):
+        click.echo(f"note: {note}", err=True)
+    count = made.make(engine)
+    title = f"{columns[-1].loras[0].file.name if run is None else run.resolve().name}, seed {seed}"
+    files = [grid_page.write_html(made, title), grid_page.write_png(made, title), made.write_record()]
+    kept = len(made.cells) - count
+    click.echo(f"{count} pictures made" + (f", {kept} were there" if kept else ""), err=True)
+    click.echo("\n".join(map(str, files)))
+
+
+def _weights(references: tuple[str, ...], weights: str | None) -> tuple[list[Column], list[str], str]:
+    if not references:
+        raise UserError("a grid needs a LoRA", hint="give --lora RUN, or --checkpoints RUN to compare its checkpoints")
+    wanted = weights_of(DEFAULT_WEIGHTS if weights is None else weights)
+    choices = tuple(lora_store.resolve(reference) for reference in references)
+    if choices[0].weight != 1:
+        raise UserError(f"the weight of {references[0]} is what a grid varies", hint=f"name it without one, and give --weights {choices[0].weight:g}")
+    return weight_columns(choices, wanted), [], base_of(choices)
+
+
+def _checkpoints(run: Path, references: tuple[str, ...], weights: str | None, out: Path) -> tuple[list[Column], list[str], str]:
+    if references or weights is not None:
+        raise UserError("--checkpoints does not go together with --lora and --weights", hint="make two grids")
+    run_dir = RunDir.open(run)
+    columns, damaged = checkpoint_columns(run_dir, out / "loras")
+    return columns, [f"{name} is damaged and left out" for name in damaged], run_dir.config.model

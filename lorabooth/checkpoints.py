@@ -1,0 +1,85 @@
+"""The LoRA inside a run's checkpoint, which numbers its weights, as tensors by the names of a LoRA file."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorabooth.config import TrainConfig
+from lorabooth.families import load_family
+from lorabooth.hub import display_name
+from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, LoraSpec, clip_tensors, save_lora, since, tensors
+from lorabooth.runs import RunDir, sha256_file
+
+
+def verified(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint whose files are what they were when it was written; None of any other."""
+    try:
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        whole = "optimizer" in record and all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
+
+
+def folders(run: RunDir) -> list[Path]:
+    """The folders of a run's checkpoints, damaged ones too, from the first step to the last."""
+    return sorted(run.checkpoints.glob("step-*"))
+
+
+def named(run: RunDir, weights: list[Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, in the order they were attached in, by their file keys; as a LoRA of the untouched base."""
+    config = run.config
+    state = _by_key(config, weights)
+    return since(load_file(run.lora_start), state) if config.lora_init == "pissa" else state
+
+
+def file_dtype(config: TrainConfig) -> torch.dtype:
+    """What the weights of a run's LoRA files are stored in."""
+    return torch.float32 if config.model == "mini" else torch.bfloat16
+
+
+def save_as_lora(run: RunDir, folder: Path, file: Path) -> bool:
+    """Write a checkpoint's averaged weights, those that an export would take, as a LoRA file; False where it is damaged or gone."""
+    if verified(folder) is None:
+        return False
+    try:
+        weights = load_file(folder / "ema.safetensors")
+    except FileNotFoundError:  # a training that goes on drops its older checkpoints
+        return False
+    config = run.config
+    state = named(run, [weights[str(i)] for i in range(len(weights))])
+    base = display_name(config.model)
+    metadata = {
+        "modelspec.trigger_phrase": config.trigger_word,
+        "lorabooth.base": base,
+        "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
+        "ss_steps": str(int(folder.name.removeprefix("step-"))),
+    }
+    save_lora(file, state, LoraSpec.of(config), metadata, file_dtype(config))
+    return True
+
+
+def _by_key(config: TrainConfig, weights: list[Tensor]) -> dict[str, Tensor]:
+    family = load_family(config.model)
+    # Skeletons on the meta device turn numbers into names. They have no weights that a start could be taken from.
+    spec, transformer = replace(LoraSpec.of(config), init="default"), family.empty_transformer()
+    parameters = spec.attach(transformer, config.seed)
+    keys, by_name = list(tensors(transformer)), dict(transformer.named_parameters())
+    if config.train_text_encoder:
+        text_encoder = family.empty_clip()
+        parameters += spec.attach_clip(text_encoder, config.seed)
+        keys += clip_tensors(text_encoder)
+        by_name |= {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): p for name, p in text_encoder.named_parameters()}
+    weight_of = {id(p): w for p, w in zip(parameters, weights, strict=True)}
+    return {key: weight_of[id(by_name[_parameter_name(key)])] for key in keys}
+
+
+def _parameter_name(key: str) -> str:
+    """`transformer.a.b.lora_A.weight` -> PEFT's parameter name `a.b.lora_A.default.weight`; so for DoRA's `.lora_magnitude_vector`."""
+    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)(\.weight)?$", r".\1.default.weight", key.removeprefix("transformer."))

@@ -1,0 +1,303 @@
+"""The engine: LoRAs come and go to the bit, batches of different people, pictures to start from, every precision; on the mini model."""
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image, ImageDraw
+
+from infer import engine as engine_module
+from infer import live
+from infer.engine import Engine, Piece, Settings, fitted, plans
+from infer.loras import LoraChoice
+from infer.plan import ServingPlan, candidates, choose
+from infer.request import Request, Source
+from lorabooth.errors import UserError
+from lorabooth.families import load_family
+from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.sizes import GB
+from lorabooth.speed import ASSUMED
+
+CPU = torch.device("cpu")
+PROMPT = "a person in a red hoodie, smiling"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("mini")
+
+
+@pytest.fixture(scope="module")
+def stacking() -> Engine:
+    """One that makes pictures with different LoRAs in one batch."""
+    return Engine("mini", Settings(batch=4, mixed=True))
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> list[LoraChoice]:
+    """Five of random weights: ranks 2 to 24, one a DoRA, one on the modulation too; each shows in a picture."""
+    folder = tmp_path_factory.mktemp("loras")
+    specs = [LoraSpec(2, 2, "attention"), LoraSpec(24, 12, "attention+ff"), LoraSpec(4, 4, "all-linear"), LoraSpec(4, 4, "attention", use_dora=True)]
+    specs.append(LoraSpec(3, 3, "attention+ff", use_rslora=True))
+    found = []
+    for i, spec in enumerate(specs):
+        transformer = load_family("mini").transformer(CPU, torch.float32)
+        spec.attach(transformer, seed=i)
+        generator = torch.Generator().manual_seed(i)
+        state = {key: t * 1.3 if "magnitude" in key else t + 0.15 * torch.randn(t.shape, generator=generator) for key, t in tensors(transformer).items()}
+        save_lora(folder / f"{i}.safetensors", state, spec, {"lorabooth.base": "mini"})
+        found.append(LoraChoice(LoraFile.read(folder / f"{i}.safetensors"), 1.0))
+    return found
+
+
+def request(**changes: object) -> Request:
+    return Request(**({"prompt": PROMPT, "width_px": 64, "height_px": 64, "seed": 7, "num_inference_steps": 2} | changes))  # type: ignore[arg-type]
+
+
+def pixels(engine: Engine, *loras: LoraChoice, **changes: object) -> np.ndarray:
+    return np.asarray(next(engine.generate(request(**changes), loras)).image, dtype=np.int16)
+
+
+def weighted(choice: LoraChoice, weight: float) -> LoraChoice:
+    return LoraChoice(choice.file, weight)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a - b).max())
+
+
+# LoRAs come and go
+
+
+def test_after_a_thousand_swaps_the_base_and_each_lora_give_the_same_picture_to_the_bit(engine: Engine, loras: list[LoraChoice]):
+    before = pixels(engine)
+    with_each = [pixels(engine, choice) for choice in loras]
+    assert all(distance(before, picture) > 2 for picture in with_each)
+    draw = random.Random(0)
+    for _ in range(1000):
+        several = draw.sample(loras, draw.randint(0, 3))
+        one, _ = engine.adapters.weighted(tuple(weighted(choice, draw.uniform(-2, 3)) for choice in several))
+        engine.base.transformer([one])
+    assert np.array_equal(pixels(engine), before)
+    assert all(np.array_equal(pixels(engine, choice), picture) for choice, picture in zip(loras, with_each, strict=True))
+
+
+def test_a_swap_that_breaks_off_is_mended_by_the_next(engine: Engine, loras: list[LoraChoice], monkeypatch: pytest.MonkeyPatch):
+    before, right, real = pixels(engine), pixels(engine, loras[2]), live.merge
+    calls: list[object] = []
+
+    def breaks(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise MemoryError
+        real(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infer.live.merge", breaks)
+        with pytest.raises(MemoryError):
+            pixels(engine, loras[1])
+    assert np.array_equal(pixels(engine, loras[2]), right) and np.array_equal(pixels(engine), before)
+
+
+def test_weights_count_and_several_add_up(engine: Engine, stacking: Engine, loras: list[LoraChoice], mini_pipe: FluxPipeline):
+    chosen = (weighted(loras[0], 0.7), weighted(loras[1], -0.5), weighted(loras[4], 1.5))
+    made = pixels(engine, *chosen)
+    for i, choice in enumerate(chosen):
+        mini_pipe.load_lora_weights(str(choice.file.path), adapter_name=f"a{i}")
+    mini_pipe.set_adapters(["a0", "a1", "a2"], [choice.weight for choice in chosen])
+    try:
+        assert distance(made, plain(mini_pipe)) <= 1
+    finally:
+        mini_pipe.unload_lora_weights()
+    assert distance(made, pixels(stacking, *chosen)) <= 1
+    assert np.array_equal(pixels(engine, weighted(loras[0], 0)), pixels(engine))
+
+
+def test_a_dora_makes_the_picture_that_peft_makes(engine: Engine, stacking: Engine, loras: list[LoraChoice]):
+    # diffusers' pipeline drops DoRA's scales from most formats; its model with PEFT's own layers has them.
+    other = Engine("mini")
+    transformer: FluxTransformer2DModel = other.base.transformer([()])
+    spec = LoraSpec(4, 4, "attention", use_dora=True)
+    spec.attach(transformer, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, t in tensors(transformer).items():
+            t.copy_(t * 1.3 if "magnitude" in key else t + 0.15 * torch.randn(t.shape, generator=generator))
+    other.base._merged = None  # PEFT has put its layers around the linears
+    right = pixels(other)
+    assert distance(right, pixels(engine)) > 2
+    assert distance(pixels(engine, loras[3]), right) <= 1 and distance(pixels(stacking, loras[3]), right) <= 1
+    half = pixels(engine, weighted(loras[3], 0.5), loras[2])
+    assert distance(half, pixels(stacking, weighted(loras[3], 0.5), loras[2])) <= 1
+
+
+def plain(pipe: FluxPipeline, **changes: object) -> np.ndarray:
+    """The picture of the plain pipeline."""
+    [image] = pipe(
+        PROMPT, width=64, height=64, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=48, generator=torch.Generator().manual_seed(7), **changes
+    ).images  # fmt: skip
+    return np.asarray(image, dtype=np.int16)
+
+
+# Several at once
+
+
+def test_a_batch_of_four_different_requests_equals_the_four(engine: Engine, stacking: Engine, loras: list[LoraChoice]):
+    pieces = [
+        Piece(request(), 7, (loras[0],)),
+        Piece(request(prompt="a portrait of a woman", guidance_scale=2), 9, (loras[1], weighted(loras[2], 0.4))),
+        Piece(request(), 7),
+        Piece(request(), 8, (loras[3],)),
+    ]
+    singles = [pixels(engine, *piece.loras, seed=piece.seed, prompt=piece.request.prompt, guidance_scale=piece.request.guidance_scale) for piece in pieces]
+    steps: list[tuple[int, int]] = []
+    together = stacking.together(pieces, lambda done, total: steps.append((done, total)))
+    assert steps == [(4, 8), (8, 8)], "one batch of four"
+    for output, single in zip(together, singles, strict=True):
+        assert distance(np.asarray(output.image, dtype=np.int16), single) <= 1
+    # Without places for several LoRAs each picture is made by itself, and to the bit.
+    apart = engine.together(pieces)
+    assert all(np.array_equal(np.asarray(output.image), single) for output, single in zip(apart, singles, strict=True))
+    assert [output.seed for output in apart] == [7, 9, 7, 8]
+
+
+def test_requests_of_different_kinds_do_not_share_a_batch(stacking: Engine):
+    pieces = [Piece(request(), 1), Piece(request(width_px=96), 1), Piece(request(num_inference_steps=3), 1), Piece(request(), 2)]
+    outputs = stacking.together(pieces)
+    assert [output.image.size for output in outputs] == [(64, 64), (96, 64), (64, 64), (64, 64)]
+    assert distance(np.asarray(outputs[3].image, dtype=np.int16), pixels(stacking, seed=2)) <= 1
+
+
+def test_more_different_loras_than_a_batch_has_places_for_are_refused(stacking: Engine, loras: list[LoraChoice]):
+    sets = [stacking.adapters.weighted((choice,))[0] for choice in loras]
+    with pytest.raises(UserError, match="5 different sets of LoRAs in one batch; the limit is 4"):
+        stacking.base.transformer(sets)
+    stacking.base.transformer(sets[1:])  # and the places are used again
+    stacking.base.transformer([sets[0], sets[2], (), sets[0]])
+
+
+def test_outputs_of_a_request_are_those_of_its_seeds_whatever_ran_before(engine: Engine, loras: list[LoraChoice]):
+    three = [np.asarray(output.image) for output in engine.generate(request(num_outputs=3, seed=2**32 - 1), (loras[1],))]
+    pixels(engine, loras[0], width_px=96)
+    for seed, picture in zip((2**32 - 1, 0, 1), three, strict=True):
+        assert np.array_equal(pixels(engine, loras[1], seed=seed), picture)
+    at_once = Engine("mini", Settings(batch=3)).generate(request(num_outputs=3, seed=2**32 - 1), (loras[1],))
+    assert all(distance(np.asarray(output.image, dtype=np.int16), picture.astype(np.int16)) <= 1 for output, picture in zip(at_once, three, strict=True))
+
+
+# Pictures to start from
+
+
+@pytest.fixture(scope="module")
+def picture(engine: Engine) -> Image.Image:
+    return next(engine.generate(request(num_inference_steps=6, seed=3))).image
+
+
+def test_how_much_of_a_picture_changes_is_its_strength(engine: Engine, picture: Image.Image):
+    before = np.asarray(picture, dtype=np.int16)
+    changed = [np.abs(pixels(engine, num_inference_steps=6, source=Source(picture, None, strength)) - before).mean() for strength in (0, 0.3, 0.6, 1)]
+    assert changed[0] < 6 and changed[1] < changed[2] < changed[3] / 4, "at 0 there is only the way through the VAE"
+    assert np.array_equal(pixels(engine, num_inference_steps=6, source=Source(picture, None, 1)), pixels(engine, num_inference_steps=6))
+
+
+def test_a_mask_changes_only_what_is_white_in_it(engine: Engine, picture: Image.Image):
+    mask = Image.new("L", picture.size)
+    ImageDraw.Draw(mask).rectangle((16, 8, 47, 39), fill=255)
+    before, white = np.asarray(picture, dtype=np.int16), np.asarray(mask) > 0
+    made = pixels(engine, num_inference_steps=6, prompt="a person with glasses", source=Source(picture, mask, 1.0))
+    assert np.array_equal(made[~white], before[~white]) and np.abs(made[white] - before[white]).mean() > 3
+
+
+def test_a_picture_of_another_size_is_cut_to_the_shape(engine: Engine, picture: Image.Image):
+    wide = Image.new("RGB", (200, 100), "red")
+    wide.paste(picture.resize((100, 100)), (50, 0))
+    ready = fitted(Source(wide, Image.new("L", wide.size, 255)), request())
+    assert ready.image.size == ready.mask.size == (64, 64) and ready.image.getpixel((1, 1)) != (255, 0, 0)  # type: ignore[union-attr]
+    assert pixels(engine, source=Source(wide, None, 0.5)).shape == (64, 64, 3)
+    with pytest.raises(UserError, match="the mask is 10 x 10 px and the picture 64 x 64"):
+        Source(picture, Image.new("L", (10, 10)))
+
+
+def test_a_negative_prompt_is_that_of_the_plain_pipeline(engine: Engine, mini_pipe: FluxPipeline):
+    ours = pixels(engine, negative_prompt="glasses, a beard", true_cfg_scale=3.0)
+    assert distance(ours, plain(mini_pipe, negative_prompt="glasses, a beard", true_cfg_scale=3.0)) <= 1
+    assert distance(ours, pixels(engine)) > 2
+    with pytest.raises(UserError, match="needs a true_cfg_scale above 1"):
+        request(negative_prompt="glasses")
+
+
+# Plans
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 1.0), ("fp8", 5.0), ("nf4", 120)])
+def test_small_bases_make_nearly_the_same_picture_with_loras_too(precision: str, limit: float, engine: Engine, loras: list[LoraChoice]):
+    # bitsandbytes 0.50 reads nf4 wrongly on a CPU where a row is no multiple of 64, as mini's (docs/LOG.md): only that it works is shown.
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    small = Engine("mini", Settings(precision=precision))
+    assert small.base.mixes
+    for chosen in ((), (loras[0],), (loras[3],)):
+        assert 0 < np.abs(pixels(small, *chosen) - pixels(engine, *chosen)).mean() <= limit
+
+
+@pytest.mark.parametrize("swapped", [1, 99])
+def test_blocks_in_host_memory_make_the_same_picture(swapped: int, engine: Engine, loras: list[LoraChoice]):
+    some = Engine("mini", Settings(swapped=swapped))
+    assert np.array_equal(pixels(some), pixels(engine))
+    assert distance(pixels(some, loras[0], loras[1]), pixels(engine, loras[0], loras[1])) <= 1
+
+
+def test_encoders_kept_elsewhere_and_tiles_change_nothing_that_shows(engine: Engine, loras: list[LoraChoice]):
+    right = pixels(engine, loras[2])
+    for encoders in ("host", "disk"):
+        other = Engine("mini", plan=ServingPlan("fp32", encoders=encoders, tiled=True))
+        assert distance(pixels(other, loras[2]), right) <= 1
+        assert (other.base.prompts._encoders is None) == (encoders == "disk")
+
+
+@pytest.mark.parametrize(
+    ("vram_gb", "plan"),
+    [
+        (141, "base bf16, LoRAs merged, the untouched weights on the GPU, text encoders on the GPU"),
+        (80, "base bf16, LoRAs merged, the untouched weights on the GPU, text encoders on the GPU"),
+        (48, "base bf16, LoRAs merged, the untouched weights in host memory, text encoders on the GPU"),
+    ],
+)
+def test_a_large_card_has_everything_on_it(vram_gb: int, plan: str):
+    assert str(choose(true_needs(), ASSUMED, vram_gb * 0.97 * GB, 100 * GB)[0].plan) == plan
+
+
+@pytest.mark.parametrize("vram_gb", [24, 16, 12, 8])
+def test_each_smaller_card_has_a_plan_that_keeps_to_it(vram_gb: int):
+    estimates = choose(true_needs(), ASSUMED, vram_gb * 0.95 * GB, 48 * GB)
+    assert all(one.bytes <= vram_gb * 0.95 * GB for one in estimates)
+    assert estimates[0].plan.precision != "nf4", "exactness that shows is lost last"
+    assert all(a.bytes > b.bytes for a, b in pairwise(estimates))
+
+
+def test_what_cannot_fit_is_refused_before_anything_loads():
+    with pytest.raises(UserError, match=r"generating needs \d\.\d GB of GPU memory and .* at least; 3\.0 GB and 48\.0 GB are free") as caught:
+        choose(true_needs(), ASSUMED, 3 * GB, 48 * GB)
+    assert "--megapixels 0.25" in str(caught.value.hint)
+    assert not any(plan.loras == "merged" for plan in candidates(true_needs(mixed=True)))
+    with pytest.raises(UserError, match="blocks stored as nf4 stay on the GPU"):
+        plans(load_family("mini"), Settings(precision="nf4", swapped=2), CPU)
+
+
+def true_needs(mixed: bool = False) -> engine_module.Needs:
+    """FLUX.1-dev at 1024 px."""
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    return engine_module.Needs(engine_module.BaseSizes.count(transformer, 512), 4096, 4.9e9 * 2, 84e6 * 2, 1, mixed)
+
+
+def test_needs_are_counted_from_configs(tmp_path: Path):
+    needs = engine_module.needs_of(load_family("mini"), Settings())
+    encoders = load_family("mini").text_encoders(CPU, torch.float32)
+    assert needs.encoder_bytes == sum(4 * p.numel() for part in (encoders.text_encoder, encoders.text_encoder_2) for p in part.parameters())
+    assert needs.vae_bytes == sum(4 * p.numel() for p in load_family("mini").vae(CPU, torch.float32).parameters()) and needs.tokens == 64

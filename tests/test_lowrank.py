@@ -1,0 +1,172 @@
+"""LoRA files of every trainer: each says the same to our reader, and makes the picture that diffusers' loader or a weight merged by hand makes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lora_formats as formats
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from lora_formats import Pairs
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from infer.engine import Engine
+from infer.loras import LoraChoice
+from infer.request import Request
+from lorabooth.errors import UserError
+from lorabooth.families.flux1 import TARGETS, Flux1
+from lorabooth.layout import ClipLayout, Layout, sizes_of
+from lorabooth.lora import LoraFile, LoraSpec
+from lorabooth.lowrank import Additions, additions
+
+FAMILY = Flux1("mini")
+LAYOUT, CLIP = Layout(sizes_of(FAMILY.empty_transformer())), ClipLayout(sizes_of(FAMILY.empty_clip()))
+REQUEST = Request("a person in a red hoodie, smiling", 64, 64, 5, num_inference_steps=3)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    """A LoRA on every linear of the blocks, of rank 4 and in places 2, so strong that it shows."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in LoraSpec(4, 4, TARGETS["all-linear"]).module_names(FAMILY.empty_transformer()):
+        outputs, inputs = LAYOUT.sizes[name]
+        rank = 2 if "ff." in name else 4
+        found[name] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5, torch.randn(outputs, rank, generator=generator) * 0.25
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("mini")
+
+
+def read(path: Path) -> Additions:
+    return additions(LoraFile.read(path), LAYOUT, CLIP, "mini")
+
+
+def pixels(engine: Engine, *files: Path, request: Request = REQUEST) -> np.ndarray:
+    return np.asarray(next(engine.generate(request, tuple(LoraChoice(LoraFile.read(file), 1.0) for file in files))).image, np.int16)
+
+
+def merged_by_hand(changes: dict[str, Tensor]) -> np.ndarray:
+    """The picture of a base whose weights were changed before anything of ours saw it."""
+    engine = Engine("mini")
+    transformer = engine.base.transformer([()])
+    with torch.no_grad():
+        for name, change in changes.items():
+            transformer.get_submodule(name).weight += change
+    return pixels(engine)
+
+
+@pytest.mark.parametrize("writer", formats.WRITERS)
+def test_each_format_says_the_same(writer: Callable[[Path, Pairs], Path], pairs: Pairs, tmp_path: Path):
+    found = read(writer(tmp_path / "x.safetensors", pairs))
+    assert found.transformer.keys() == pairs.keys() and not found.clip and not found.left_out
+    for name, change in formats.changes(pairs).items():
+        assert_close(found.transformer[name].up @ found.transformer[name].down, change, rtol=1e-5, atol=1e-6)
+        assert len(found.transformer[name].down) == len(pairs[name][0]), "fused layers keep the rank that they had before"
+
+
+def test_xlabs_says_the_same(pairs: Pairs, tmp_path: Path):
+    shared = formats.shared_attention(pairs)
+    found = read(formats.xlabs(tmp_path / "x.safetensors", shared))
+    assert found.transformer.keys() == shared.keys()
+    for name, change in formats.changes(shared).items():
+        assert_close(found.transformer[name].up @ found.transformer[name].down, change, rtol=1e-5, atol=1e-6)
+
+
+def test_each_format_makes_the_picture_of_a_weight_merged_by_hand_and_of_diffusers_loader(
+    pairs: Pairs, engine: Engine, mini_pipe: FluxPipeline, tmp_path: Path
+):
+    right, without = merged_by_hand(formats.changes(pairs)), pixels(engine)
+    assert np.abs(right - without).max() > 30
+    for writer in formats.WRITERS:
+        assert np.abs(pixels(engine, writer(tmp_path / writer.__name__ / "x.safetensors", pairs)) - right).max() <= 1, writer.__name__
+    for writer in (formats.diffusers, formats.diffusers_with_alpha_in_its_metadata):  # its conversions of the others know FLUX.1-dev's own widths only
+        mini_pipe.load_lora_weights(str(tmp_path / writer.__name__ / "x.safetensors"))
+        try:
+            [theirs] = mini_pipe(
+                REQUEST.prompt,
+                width=64,
+                height=64,
+                num_inference_steps=3,
+                guidance_scale=3.5,
+                max_sequence_length=48,
+                generator=torch.Generator().manual_seed(5),
+            ).images
+        finally:
+            mini_pipe.unload_lora_weights()
+        assert np.abs(np.asarray(theirs, np.int16) - right).max() <= 2, writer.__name__
+
+
+@pytest.mark.parametrize("writer", [formats.kohya, formats.diffusers_with_alpha_in_its_metadata, formats.diffusers])
+def test_all_494_layers_of_flux_dev_are_those_of_diffusers_loader(writer: Callable[[Path, Pairs], Path], tmp_path: Path):
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    layout, generator = Layout(sizes_of(transformer)), torch.Generator().manual_seed(2)
+    names = LoraSpec(1, 1, TARGETS["all-linear"]).module_names(transformer)
+    pairs = {name: (torch.randn(1, layout.sizes[name][1], generator=generator), torch.randn(layout.sizes[name][0], 1, generator=generator)) for name in names}
+    path = writer(tmp_path / "x.safetensors", pairs)
+    ours = additions(LoraFile.read(path), layout, CLIP, "FLUX.1-dev").transformer
+    theirs, metadata = FluxPipeline.lora_state_dict(str(path), return_lora_metadata=True)
+    strength = metadata["transformer.lora_alpha"] / metadata["transformer.r"] if metadata else 1
+    assert len(ours) == len(names) == 494
+    for name, low_rank in ours.items():
+        down, up = (theirs[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+        assert_close(low_rank.up[-8:] @ low_rank.down[:, :8], strength * up[-8:] @ down[:, :8], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_outside_the_blocks_too(pairs: Pairs, engine: Engine, tmp_path: Path):
+    # BFL's last modulation has its halves in the other order; diffusers' own conversion swaps the rows of the down as well, which is another LoRA.
+    generator = torch.Generator().manual_seed(1)
+    names = {"final_layer.adaLN_modulation.1": "norm_out.linear", "img_in": "x_embedder", "vector_in.in_layer": "time_text_embed.text_embedder.linear_1"}
+    tensors, changes = {}, {}
+    for theirs, ours in names.items():
+        outputs, inputs = LAYOUT.sizes[ours]
+        down, up = torch.randn(2, inputs, generator=generator) * inputs**-0.5, torch.randn(outputs, 2, generator=generator) * 0.1
+        tensors |= {f"diffusion_model.{theirs}.lora_A.weight": down, f"diffusion_model.{theirs}.lora_B.weight": up}
+        changes[ours] = (torch.cat(up.chunk(2)[::-1]) if theirs.startswith("final") else up) @ down
+    made = pixels(engine, formats.write(tmp_path / "x.safetensors", tensors))
+    assert np.abs(made - merged_by_hand(changes)).max() <= 1 and np.abs(made - pixels(engine)).max() > 2
+
+
+def test_what_has_no_place_is_listed_by_name(pairs: Pairs, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    formats.diffusers(tmp_path / "x.safetensors", pairs)
+    t5 = {f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
+    more = t5 | {"transformer.transformer_blocks.0.attn.to_q.lora_B.bias": torch.zeros(3), "transformer.proj_out.diff": torch.zeros(3)}
+    path = formats.write(tmp_path / "y.safetensors", load_file(tmp_path / "x.safetensors") | more)
+    assert read(path).left_out == tuple(sorted(more))
+    assert np.array_equal(pixels(engine, path), pixels(engine, tmp_path / "x.safetensors"))
+    said = capsys.readouterr().err
+    assert said.count("left out") == 1 and all(name in said for name in more)
+
+
+def one_layer(name: str = "transformer.transformer_blocks.0.attn.to_q", down: tuple[int, ...] = (2, 224), up: tuple[int, ...] = (224, 2)) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.ones(down), f"{name}.lora_B.weight": torch.ones(up)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (one_layer(down=(2, 3072)), r"does not fit mini: transformer_blocks\.0\.attn\.to_q takes 224 numbers and gives 224 there, 3072 and 224 in the LoRA"),
+        (one_layer(up=(3072, 2)), r"takes 224 numbers and gives 224 there, 224 and 3072 in the LoRA"),
+        (one_layer("transformer.transformer_blocks.18.attn.to_q"), r"lacks these layers of it: transformer\.transformer_blocks\.18\.attn\.to_q "),
+        (one_layer(down=(3, 224)), "damaged: the two halves of transformer.transformer_blocks.0.attn.to_q do not fit together"),
+        (one_layer(down=(2,)), "damaged: the two halves"),
+        ({key: t for key, t in one_layer().items() if "lora_A" in key}, "lacks these layers of it"),
+        (one_layer() | one_layer("diffusion_model.double_blocks.0.img_attn.qkv", up=(672, 2)), "names a layer twice"),
+        (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(3)}, "the alpha of .* is not one number"),
+        (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 17)}, "DoRA whose scales lie along the inputs"),
+        ({key: t * torch.nan for key, t in one_layer().items()}, "numbers that are not finite"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2), "lora_x": torch.ones(1)}, "is a LoKr, not a LoRA"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_sentence(tensors: dict[str, Tensor], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message) as caught:
+        read(formats.write(tmp_path / "x.safetensors", tensors))
+    assert "\n" not in caught.value.message
