@@ -2,9 +2,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import click
 from PIL import ImageOps
@@ -12,7 +15,8 @@ from tqdm import tqdm
 
 from infer import loras as lora_store
 from infer import picture
-from infer.engine import Engine
+from infer.engine import Engine, Output
+from infer.finish import Finishing, FinishOptions, finish_options
 from infer.loras import LoraChoice
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import ASPECT_RATIOS, FORMATS, Request, any_seed, size_for
@@ -44,10 +48,11 @@ SMALL_PX = 320
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
 @prompt_options
+@finish_options
 def generate(
     prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None,
     height: int | None, num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
-    prompt_options: PromptOptions,
+    prompt_options: PromptOptions, finish_options: FinishOptions,
 ) -> None:  # fmt: skip
     """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 
@@ -62,6 +67,8 @@ def generate(
     Example, choices that the seed makes, and the built-in portraits:
       lorabooth generate "TOK in a {red|blue} {hat|scarf}" --lora runs/TOK-photos -n 8
       lorabooth generate --template all --lora runs/TOK-photos
+    Example, far away and still recognisable:
+      lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
     choices = tuple(lora_store.resolve(reference) for reference in references)
     engine = Engine(model or base_of(choices))
@@ -71,21 +78,37 @@ def generate(
     chosen = any_seed() if seed is None else seed
     prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
     request = Request(prompts.texts[0], width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
-    requests = prompts.requests(request)
+    finishing = Finishing.read(finish_options, engine, choices, num_outputs, _say)
+    requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
     _notices(engine, requests, prompts, seed is None)
-    files = write_pictures(engine, requests, choices, out, output_format, output_quality)
+    files = write_pictures(engine, requests, choices, out, output_format, output_quality, finishing)
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files))
 
 
 def write_pictures(
-    engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80
-) -> list[dict[str, str | int]]:
-    """Generate and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
-    files: list[dict[str, str | int]] = []
+    engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80, finishing: Finishing | None = None
+) -> list[dict[str, Any]]:
+    """Generate, finish and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
+    files: list[dict[str, Any]] = []
     shown = []
     taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
     first = max(taken, default=-1) + 1
     total = sum(request.num_outputs for request in requests)
+    for finished in (finishing or Finishing()).finish(engine, _drawn(engine, requests, choices), choices, _say):
+        file, output = out / f"out-{first + len(files)}.{form}", finished.output
+        picture.write(file, output.image, picture.Making(finished.request, output.seed, engine.family.model, choices, finished.more), quality)
+        files.append({"file": str(file), "seed": output.seed, **finished.more})
+        # Hundreds of full pictures on one sheet nobody can open.
+        shown.append((output.image if total <= FULL_SIZE_ON_SHEET else ImageOps.contain(output.image, (SMALL_PX, SMALL_PX)), f"seed {output.seed}"))
+    if len(shown) > 1:
+        sheet = out / "contact-sheet.png"
+        picture.write(sheet, picture.contact_sheet(shown), picture.Making(requests[0], requests[0].seed, engine.family.model, choices))
+        files.append({"file": str(sheet), "seed": requests[0].seed})
+    return files
+
+
+def _drawn(engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...]) -> Iterator[tuple[Request, Output]]:
+    """The pictures of all requests, with a progress bar over their steps."""
     with tqdm(total=sum(request.num_outputs * request.num_inference_steps for request in requests), desc="generate", unit="step") as bar:
         for request in requests:
             before = bar.n
@@ -94,16 +117,12 @@ def write_pictures(
                 bar.update(before + done - bar.n)
 
             for output in engine.generate(request, choices, advance):
-                file = out / f"out-{first + len(files)}.{form}"
-                picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
-                files.append({"file": str(file), "seed": output.seed})
-                # Hundreds of full pictures on one sheet nobody can open.
-                shown.append((output.image if total <= FULL_SIZE_ON_SHEET else ImageOps.contain(output.image, (SMALL_PX, SMALL_PX)), f"seed {output.seed}"))
-    if len(shown) > 1:
-        sheet = out / "contact-sheet.png"
-        picture.write(sheet, picture.contact_sheet(shown), picture.Making(requests[0], requests[0].seed, engine.family.model, choices))
-        files.append({"file": str(sheet), "seed": requests[0].seed})
-    return files
+                yield request, output
+
+
+def _say(line: str) -> None:
+    """A line on standard error, above a progress bar where there is one."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def base_of(choices: tuple[LoraChoice, ...]) -> str:

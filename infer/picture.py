@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -27,6 +27,8 @@ class Making:
     seed: int
     model: str
     loras: tuple[LoraChoice, ...]
+    more: dict[str, Any] = field(default_factory=dict)
+    """What was done after drawing, as plain JSON (infer/finish.py)."""
 
     def record(self) -> dict[str, Any]:
         """Plain JSON; LoRAs by name, hash of the base they were made for, and weight, never by path."""
@@ -35,6 +37,7 @@ class Making:
             "prompt": r.prompt, "seed": self.seed, "num_inference_steps": r.num_inference_steps, "guidance_scale": r.guidance_scale,
             "width": r.width_px, "height": r.height_px, "model": display_name(self.model),
             "loras": [{"name": c.file.name, "sha256": c.file.sha256, "weight": c.weight} for c in self.loras], "lorabooth": __version__,
+            **self.more,
         }  # fmt: skip
 
     def parameters(self) -> str:

@@ -32,7 +32,7 @@ TOLERANCE = 40.0
 LEAST_PIXELS = 24
 CORRELATION = 0.5
 CANDIDATES = 8
-EXPLAINED = 0.35
+EXPLAINED = 0.5
 """A person's drawing leaves at most this share of the difference between the picture and its background."""
 
 Map = NDArray[np.float32]
@@ -52,10 +52,18 @@ class Frame:
         left, top, size = round(self.left), round(self.top), round(self.size)
         return left, top, left + size, top + size
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Its centre, in px."""
+        return self.left + self.size / 2, self.top + self.size / 2
+
+    def holds(self, other: "Frame") -> bool:
+        """Whether the middle of another lies in it."""
+        return all(0 <= place - edge <= self.size for place, edge in zip(other.middle, (self.left, self.top), strict=True))
+
     def overlaps(self, other: "Frame") -> bool:
         """Whether both are about the same head."""
-        apart = abs(self.left + self.size / 2 - other.left - other.size / 2) + abs(self.top + self.size / 2 - other.top - other.size / 2)
-        return apart < (self.size + other.size) / 3
+        return sum(abs(a - b) for a, b in zip(self.middle, other.middle, strict=True)) < (self.size + other.size) / 3
 
 
 def find(picture: Image.Image) -> list[Frame]:
@@ -63,7 +71,7 @@ def find(picture: Image.Image) -> list[Frame]:
     checked = [found for frame in _candidates(picture) if (found := _checked(picture, frame))]
     people: list[Frame] = []
     for _, frame in sorted(checked, key=lambda pair: pair[0]):
-        if not any(frame.overlaps(other) for other in people):
+        if not any(frame.holds(other) or other.holds(frame) for other in people):
             people.append(frame)
     return sorted(people, key=lambda frame: -frame.size)
 
@@ -71,7 +79,7 @@ def find(picture: Image.Image) -> list[Frame]:
 def _checked(picture: Image.Image, frame: Frame) -> tuple[float, Frame] | None:
     """How much the nearest drawing leaves unexplained, and the frame moved to where it leaves least; None where nobody is."""
     reading = Reading(picture.crop(frame.box))
-    person = reading.fitted(START | {"skin": reading.skin()}, ("hair", "hair_color", "glasses", "beard", "clothes", "clothes_color"))
+    person = reading.fitted(START | {"skin": reading.skin()}, ("hair_color", "hair", "glasses", "beard", "clothes", "clothes_color"))
     moves = [Frame(frame.left + (1 - s) * frame.size / 2 + x * frame.size, frame.top + (1 - s) * frame.size / 2 + y * frame.size, frame.size * s)
              for s, x, y in product((0.93, 0.97, 1.0, 1.03, 1.07), (-0.03, 0, 0.03), (-0.03, 0, 0.03))]  # fmt: skip
     left, best = min(((_unexplained(picture, move, person), move) for move in dict.fromkeys(moves)), key=lambda pair: pair[0])
@@ -140,5 +148,5 @@ def _shapes() -> tuple[Map, ...]:
             person = world.sample_person(rng) | plain | {"glasses": rng.choice(glasses), "beard": rng.choice(beards)}
             total += _near(np.asarray(world.draw(person), dtype=np.float32), skin_colour("YELLOW"))
         left, top, right, bottom = HEAD
-        shapes.append(total[top:bottom, left:right] / PEOPLE_A_SHAPE)
+        shapes.append(np.asarray(total[top:bottom, left:right] / PEOPLE_A_SHAPE, dtype=np.float32))
     return tuple(shapes)

@@ -34,14 +34,17 @@ Pixels = NDArray[np.float32]
 
 
 class Reading:
-    """A square picture, WORK_PX wide, with what lies behind its person."""
+    """A square picture, WORK_PX wide, with what lies behind its person: guessed from its edges where it is not known."""
 
-    def __init__(self, frame: Image.Image):
-        self.pixels: Pixels = np.asarray(frame.convert("RGB").resize((WORK_PX, WORK_PX), Image.Resampling.LANCZOS), dtype=np.float32)
+    def __init__(self, frame: Image.Image, behind: Image.Image | None = None):
+        self.pixels = _small(frame)
+        if behind:
+            self.behind = _small(behind)
+            return
         edge = round(EDGE * WORK_PX)
         # A colour for each row: behind a small figure there may be sky above and a road below.
         rows = np.median(np.concatenate([self.pixels[:, :edge], self.pixels[:, -edge:]], axis=1), axis=1)
-        self.behind: Pixels = np.broadcast_to(rows[:, None].astype(np.float32), self.pixels.shape)
+        self.behind = np.broadcast_to(rows[:, None].astype(np.float32), self.pixels.shape)
 
     def error(self, person: world.Person) -> float:
         """Mean squared RGB difference from a person's drawing."""
@@ -84,6 +87,10 @@ class Reading:
         return person
 
 
+def _small(frame: Image.Image) -> Pixels:
+    return np.asarray(frame.convert("RGB").resize((WORK_PX, WORK_PX), Image.Resampling.LANCZOS), dtype=np.float32)
+
+
 def skin_colour(value: str) -> Pixels:
     """RGB of a skin."""
     import python_avatars
@@ -107,9 +114,9 @@ def identity(photos: Iterable[Image.Image]) -> world.Person:
     return {a: Counter(values).most_common(1)[0][0] for a, values in shown.items()}
 
 
-def share_right(frame: Image.Image, who: world.Person) -> float:
+def share_right(frame: Image.Image, who: world.Person, behind: Image.Image | None = None) -> float:
     """The share of a person's visible attributes of identity that a square portrait shows right."""
-    reading = Reading(frame)
+    reading = Reading(frame, behind)
     scene = [a for a in DRAWN if a not in world.IDENTITY]
     person = reading.fitted(START | who, scene)
     visible = [a for a in world.IDENTITY if a not in world.hidden(person)]
