@@ -102,9 +102,7 @@ class Finishing:
                 continue
             done = redraw_faces(engine, request, output.seed, output.image, loras, self.detail, self.likeness)
             say(f"seed {output.seed}: {_told(len(done.faces), sum(face.kept for face in done.faces), done.large)}")
-            if done.faces:
-                more = more | {"detail": done.record(self.detail)}
-            yield Finished(request, Output(done.image, output.seed), more)
+            yield Finished(request, Output(done.image, output.seed), more | {"detail": done.record(self.detail)})
 
     def _chosen(self, drawn: Iterable[tuple[Request, Output]], say: Say) -> Iterator[tuple[Request, Output, dict[str, Any]]]:
         if self.best_of is None or self.likeness is None:

@@ -1,7 +1,9 @@
 """`python -m scripts.detail_picture`: what the detail pass does for a far-away person, measured on the mini model, and docs/images/detail.png.
 
-Strangers are drawn small into a drawn landscape; the pass is to turn them into the person of a LoRA. The mini model itself draws portraits only, so
-the wide picture is composed: this measures the pass, not a model's skill with far-away people.
+People are drawn small into a drawn landscape, and the pass is to turn them into the person of a LoRA. Two kinds: a stranger, of whom nothing
+is right; and a vague figure, which has the person's hair and skin, but no glasses and no beard, or those of another, and is blurred, as
+models draw people who are far away. The mini model itself draws portraits only, so the wide picture is composed: this measures the pass,
+not a model's skill with far-away people.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from infer.engine import Engine
 from infer.likeness import DrawnLikeness
 from infer.loras import LoraChoice, resolve
 from infer.request import Request
-from infer.spots import drawn_faces
+from infer.spots import Spot, drawn_faces
 from lorabooth.mini import people, resemblance, world
 from train.command import recipe_config, train_run
 
@@ -26,6 +28,11 @@ TRIGGER = "TOK"
 SIZE_PX = (320, 192)
 PERSON_PX = 56
 STRENGTHS = ("subtle", "normal", "strong", "0.95")
+KINDS = ("vague", "stranger")
+ROWS = {"vague": 2, "stranger": 1}
+"""In the picture: the first scenes of a kind, as they come."""
+BLUR_PX = 28
+"""To which a vague figure is reduced before it is enlarged again."""
 BETWEEN_PX = 12
 SHOWN = 4
 """Times that heads are enlarged in the picture."""
@@ -39,6 +46,7 @@ class Scene:
     empty: Image.Image
     frame: tuple[int, int, int, int]
     prompt: str
+    spots: list[Spot]
 
 
 def landscape(rng: random.Random) -> Image.Image:
@@ -65,18 +73,26 @@ def bicycle(image: Image.Image, middle: int, ground: int) -> None:
     image.paste(big.resize(image.size, Image.Resampling.LANCZOS))
 
 
-def scene(number: int) -> Scene:
-    """The same for the same number."""
+def scene(number: int, who: world.Person, kind: str) -> Scene:
+    """The same for the same number, person and kind."""
     rng = random.Random(f"detail/{number}")
     empty = landscape(rng)
     left, top = rng.randrange(20, SIZE_PX[0] - PERSON_PX - 20), 80 + rng.randrange(8)
     bicycle(empty, left + PERSON_PX // 2, top + PERSON_PX + 25)
-    stranger = world.sample_person(rng)
-    avatar = world.avatar_image(tuple(sorted((a, v) for a, v in stranger.items() if a != "background")), PERSON_PX).crop((0, 0, PERSON_PX, PERSON_PX))
+    other = world.sample_person(rng)
+    other["beard"] = rng.choice([v for v in world.values("beard", held_out=False) if v != who["beard"]])
+    other["glasses"] = rng.choice([v for v in world.values("glasses", held_out=False) if v != who["glasses"]])
+    if kind == "vague":
+        other |= {a: who[a] for a in ("hair", "hair_color", "skin")}
+    frame = (left, top, left + PERSON_PX, top + PERSON_PX)
+    key = tuple(sorted((a, v) for a, v in other.items() if a != "background"))
+    avatar = world.avatar_image(key, PERSON_PX).crop((0, 0, PERSON_PX, PERSON_PX))
+    if kind == "vague":
+        avatar = avatar.resize((BLUR_PX, BLUR_PX), Image.Resampling.LANCZOS).resize(avatar.size, Image.Resampling.BICUBIC)
     picture = empty.copy()
-    picture.paste(avatar, (left, top), avatar)
+    picture.paste(avatar, frame[:2], avatar)
     said = [a for a in world.SCENE if a != "background"]
-    return Scene(picture, empty, (left, top, left + PERSON_PX, top + PERSON_PX), world.describe(stranger, rng, who=TRIGGER, say=said, form=0))
+    return Scene(picture, empty, frame, world.describe(other, rng, who=TRIGGER, say=said, form=0), drawn_faces(picture))
 
 
 def identity_right(picture: Image.Image, one: Scene, who: world.Person) -> float:
@@ -85,40 +101,35 @@ def identity_right(picture: Image.Image, one: Scene, who: world.Person) -> float
 
 
 def unchanged_outside(one: Scene, after: Image.Image) -> bool:
-    """Whether all but the oval is the same to the bit."""
-    [spot] = drawn_faces(one.picture)[:1] or [None]
+    """Whether all but the oval's box is the same to the bit."""
     changed = np.any(np.asarray(one.picture) != np.asarray(after), axis=-1)
-    if spot:
+    for spot in one.spots[:1]:
         left, top, right, bottom = spot.oval
         changed[max(top, 0) : bottom, max(left, 0) : right] = False
     return not changed.any()
 
 
 def measure(name: str, run: Path, scenes: list[Scene], engine: Engine) -> tuple[dict[str, object], list[Image.Image]]:
-    """One person: shares right before and after, by strength; with the strong pass, the pictures."""
+    """One person in one kind of scenes: shares right before and after, by strength; and the pictures of the strong pass."""
     loras: tuple[LoraChoice, ...] = (resolve(str(run)),)
     who = people.HELD_OUT[name]
     likeness = DrawnLikeness([photo.image() for photo in people.photos(name, TRIGGER)])
     before = [identity_right(one.picture, one, who) for one in scenes]
-    row: dict[str, object] = {"before": round(float(np.mean(before)), 3), "found": sum(bool(drawn_faces(one.picture)) for one in scenes)}
+    row: dict[str, object] = {"before": round(float(np.mean(before)), 3), "found": sum(bool(one.spots) for one in scenes)}
     shown: list[Image.Image] = []
     for strength in STRENGTHS:
         detail = Detail.parse(f"face:{strength}")
         after, old, same = [], 0, True
         for i, one in enumerate(scenes):
             request = Request(one.prompt, 128, 128, seed=i, num_inference_steps=20)
-            done = redraw_faces(engine, request, i, one.picture, loras, detail, likeness)
+            done = redraw_faces(engine, request, i, one.picture, loras, detail, likeness, lambda _, spots=one.spots: list(spots))
             after.append(identity_right(done.image, one, who))
             old += sum(face.kept for face in done.faces)
             same &= unchanged_outside(one, done.image)
             if strength == "strong":
                 shown.append(done.image)
-        row[strength] = {
-            "after": round(float(np.mean(after)), 3),
-            "worse": sum(a < b for a, b in zip(after, before, strict=True)),
-            "old_kept": old,
-            "outside_same": same,
-        }
+        worse = sum(a < b for a, b in zip(after, before, strict=True))
+        row[strength] = {"after": round(float(np.mean(after)), 3), "worse": worse, "old_kept": old, "outside_same": same}
     return row, shown
 
 
@@ -152,18 +163,24 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/detail.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/detail.png"))
     a = parser.parse_args()
-    scenes = [scene(i) for i in range(a.scenes)]
     engine = Engine("mini")
-    results = {}
-    for i, name in enumerate(a.people):
+    results: dict[str, dict[str, object]] = {}
+    rows: list[tuple[Scene, Image.Image]] = []
+    for name in a.people:
         if not (a.runs / name / "lora.safetensors").exists():
             a.runs.mkdir(parents=True, exist_ok=True)
             people.write_zip(a.runs / f"{name}.zip", people.photos(name, "[trigger]"))
             train_run(a.runs / f"{name}.zip", recipe_config(None, {"model": "mini", "trigger_word": TRIGGER}), a.runs / name)
-        results[name], after = measure(name, a.runs / name, scenes, engine)
-        print(name, json.dumps(results[name]), flush=True)
-        if i == 0:
-            sheet(scenes[:3], after[:3], people.photos(name, TRIGGER)[0].image()).quantize(256).save(a.picture, optimize=True)
+        results[name] = {}
+        for kind in KINDS:
+            scenes = [scene(i, people.HELD_OUT[name], kind) for i in range(a.scenes)]
+            results[name][kind], after = measure(name, a.runs / name, scenes, engine)
+            print(name, kind, json.dumps(results[name][kind]), flush=True)
+            if name == a.people[0]:
+                rows += list(zip(scenes, after, strict=True))[: ROWS[kind]]
+    a.picture.parent.mkdir(parents=True, exist_ok=True)
+    page = sheet([one for one, _ in rows], [after for _, after in rows], people.photos(a.people[0], TRIGGER)[0].image())
+    page.quantize(256).save(a.picture, optimize=True)
     a.result.parent.mkdir(parents=True, exist_ok=True)
     a.result.write_text(json.dumps({"scenes": a.scenes, "person_px": PERSON_PX, "people": results}, indent=1) + "\n")
 
