@@ -1,25 +1,34 @@
 """The base model as a plan wants it: the transformer with its LoRAs, the VAE, the text encoders; each loaded when it is first needed."""
 
+import sys
+
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FirstBlockCacheConfig, FluxTransformer2DModel
+from tqdm import tqdm
 
 from infer.encoding import PromptEncoder
 from infer.live import LiveWeights, Weighted
-from infer.plan import TILE_PX, ServingPlan
-from infer.stacked import StackedLoras
-from lorabooth.families.flux1 import VAE_SCALE, Flux1
+from infer.plan import FAST_RANK, TILE_PX, ServingPlan
+from infer.stacked import RANK_STEP, StackedLoras
+from lorabooth import sampling
+from lorabooth.attention import choose_kernel
+from lorabooth.compiled import try_compiled
+from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
 from lorabooth.quantized import put_blocks, put_rest
-from lorabooth.sizes import blocks_of
+from lorabooth.sizes import blocks_of, linears
 from lorabooth.swap import BlockSwap
 
 CPU = torch.device("cpu")
+THRESHOLDS = {"balanced": 0.08, "max": 0.15}
+"""How much the first block's output may change between two steps, relative to its size, for the rest of the second to be left out (diffusers'
+first-block cache, after ParaAttention, whose page calls 0.12 the limit for FLUX.1-dev of 28 steps)."""
 
 
 class Base:
     """One base model, part by part."""
 
-    def __init__(self, family: Flux1, plan: ServingPlan, device: torch.device, dtype: torch.dtype):
-        self.family, self.plan, self.device, self.dtype = family, plan, device, dtype
+    def __init__(self, family: Flux1, plan: ServingPlan, device: torch.device, dtype: torch.dtype, fast: bool = False, cache: str = "off"):
+        self.family, self.plan, self.device, self.dtype, self.fast, self.cache = family, plan, device, dtype, fast, cache
         self.prompts = PromptEncoder(family, device, dtype, plan.encoders)
         self._transformer: FluxTransformer2DModel | None = None
         self._merged: LiveWeights | None = None
@@ -35,6 +44,7 @@ class Base:
         """The transformer for a batch: LoRAs for each of its pictures; all the same where this base does not mix them."""
         if self._transformer is None:
             self._transformer = self._placed()
+            self._make_fast(self._transformer)
         if self._stacked:
             self._stacked.choose(loras)
         elif self._merged:
@@ -55,14 +65,39 @@ class Base:
         plan = self.plan
         whole = plan.precision in ("bf16", "fp32") and not plan.swapped
         transformer = self.family.transformer(self.device if whole else CPU, self.dtype)
+        untouched = {}
         if not whole:
             blocks = blocks_of(transformer)
+            if not self.mixes:
+                inside = {id(linear) for block in blocks for _, linear in linears(block)}
+                untouched = {name: module.weight.detach() for name, module in transformer.named_modules() if id(module) in inside}
             put_blocks(blocks, plan.precision, plan.swapped, self.device)
             put_rest(transformer, self.device)
         if self.mixes:
-            self._stacked = StackedLoras(transformer, self.device, self.dtype)
+            self._stacked = StackedLoras(transformer, self.device, self.dtype, rank=FAST_RANK if self.fast else RANK_STEP, static=self.fast)
         else:
-            self._merged = LiveWeights(transformer, self.device if plan.untouched_on == "gpu" else CPU)
+            self._merged = LiveWeights(transformer, self.device if plan.untouched_on == "gpu" else CPU, untouched)
         if plan.swapped:
             BlockSwap(blocks_of(transformer)[-plan.swapped :], self.device)
         return transformer
+
+    def _make_fast(self, transformer: FluxTransformer2DModel) -> None:
+        """The attention kernel that is fastest here, a cache of steps, compiled blocks."""
+        if self.device.type == "cuda":
+            choose_kernel(self.family.native_px, self.family, self.device)
+        if self.cache != "off":
+            transformer.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLDS[self.cache]))
+        if not self.fast:
+            return
+        if self.plan.swapped or self.plan.precision == "nf4":
+            print(f"note: not compiled, for that does not go together with: {self.plan}", file=sys.stderr)
+            return
+
+        def warm_up() -> None:
+            for _ in tqdm(range(1), desc="compile (once, a minute or two)", unit="shape"):
+                config = transformer.config
+                tokens = torch.zeros(1, self.family.text_tokens, config.joint_attention_dim)
+                conditioning = Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim))
+                sampling.denoise(self.family, transformer, conditioning, sampling.noise(0, self.family.native_px, self.family.native_px), 1, 3.5)
+
+        try_compiled(blocks_of(transformer), None, warm_up, "generating")

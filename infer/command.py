@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from infer import loras as lora_store
 from infer import picture
-from infer.engine import Engine, Output
+from infer.engine import Engine, Output, Settings, steps_of
 from infer.finish import Finishing, FinishOptions, finish_options
 from infer.loras import LoraChoice
+from infer.options import PictureOptions, engine_options, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
-from infer.request import ASPECT_RATIOS, FORMATS, Request, any_seed, size_for
+from infer.request import FORMATS, Request, any_seed
 from lorabooth.errors import UserError
 
 FULL_SIZE_ON_SHEET = 16
@@ -38,21 +39,18 @@ SMALL_PX = 320
 @click.option("--model", help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")
 @click.option("-n", "--num-outputs", type=int, default=1, show_default=True, help="Pictures to make; picture i has seed + i.")
 @click.option("--seed", type=int, help="Start of the noise; the same seed gives the same picture. [default: random, printed]")
-@click.option("--aspect-ratio", default="1:1", show_default=True, help=f"One of {', '.join(ASPECT_RATIOS)}.")
-@click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50.")
-@click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10.")
 @click.option("--format", "output_format", type=click.Choice(FORMATS), default="webp", show_default=True, help="File format.")
 @click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
+@picture_options
+@engine_options
 @prompt_options
 @finish_options
 def generate(
-    prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, aspect_ratio: str, width: int | None,
-    height: int | None, num_inference_steps: int, guidance_scale: float, output_format: str, output_quality: int, out: Path, as_json: bool,
-    prompt_options: PromptOptions, finish_options: FinishOptions,
+    prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, output_format: str, output_quality: int,
+    out: Path, as_json: bool, prompt_options: PromptOptions, finish_options: FinishOptions, picture_options: PictureOptions, settings: Settings,
+    plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 
@@ -71,13 +69,13 @@ def generate(
       lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
     choices = tuple(lora_store.resolve(reference) for reference in references)
-    engine = Engine(model or base_of(choices))
-    if width is None or height is None:
-        sized = size_for(aspect_ratio, engine.family.native_px)
-        width, height = sized[0] if width is None else width, sized[1] if height is None else height
+    if plan_of:
+        plan_of(model or base_of(choices))
+        return
+    engine = Engine(model or base_of(choices), settings)
     chosen = any_seed() if seed is None else seed
     prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
-    request = Request(prompts.texts[0], width, height, chosen, num_outputs, num_inference_steps, guidance_scale)
+    request = picture_options.request(prompts.texts[0], chosen, num_outputs, engine.family.native_px)
     finishing = Finishing.read(finish_options, engine, choices, num_outputs, _say)
     requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
     _notices(engine, requests, prompts, seed is None)
@@ -94,7 +92,9 @@ def write_pictures(
     taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
     first = max(taken, default=-1) + 1
     total = sum(request.num_outputs for request in requests)
-    for finished in (finishing or Finishing()).finish(engine, _drawn(engine, requests, choices), choices, _say):
+    finishing = finishing or Finishing()
+    engine.read([*requests, *finishing.later(requests, choices, engine.family.model == "mini")], choices)
+    for finished in finishing.finish(engine, _drawn(engine, requests, choices), choices, _say):
         file, output = out / f"out-{first + len(files)}.{form}", finished.output
         picture.write(file, output.image, picture.Making(finished.request, output.seed, engine.family.model, choices, finished.more), quality)
         files.append({"file": str(file), "seed": output.seed, **finished.more})
@@ -109,7 +109,7 @@ def write_pictures(
 
 def _drawn(engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...]) -> Iterator[tuple[Request, Output]]:
     """The pictures of all requests, with a progress bar over their steps."""
-    with tqdm(total=sum(request.num_outputs * request.num_inference_steps for request in requests), desc="generate", unit="step") as bar:
+    with tqdm(total=sum(request.num_outputs * steps_of(request) for request in requests), desc="generate", unit="step") as bar:
         for request in requests:
             before = bar.n
 

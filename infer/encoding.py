@@ -9,7 +9,7 @@ import torch
 from infer.live import LiveWeights, Weighted
 from lorabooth.families.flux1 import Conditioning, Flux1, TextEncoders
 
-REMEMBERED = 64
+REMEMBERED = 256
 """Prompts; 4 MB each for FLUX.1-dev."""
 FREE = {"gpu": math.inf, "host": 0.0, "disk": None}
 """What is free for T5, for the choice of whether its blocks come from host memory one by one; None: what the GPU says."""

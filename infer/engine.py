@@ -4,7 +4,7 @@ A picture depends on its request and its seed alone: not on what was made before
 in fp32 that holds to the bit; on a GPU batches of other sizes are rounded differently, by at most a few levels of 255.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
 from lorabooth.machine import memory_bytes
+from lorabooth.quantized import multiplies_fp8
 from lorabooth.sizes import BaseSizes
 from lorabooth.speed import Speed, measured
 
@@ -39,12 +40,19 @@ Watch = Callable[[Tensor], None]
 @dataclass(frozen=True)
 class Settings:
     """How an engine is to run: precision and blocks in host memory where the plan is not to choose; batch: pictures at once;
-    mixed: whether pictures with different LoRAs share a batch."""
+    mixed: whether pictures with different LoRAs share a batch; fast: compiled blocks, and fp8 where the GPU multiplies it;
+    cache: "balanced" or "max" leave out blocks whose result hardly changes from step to step, which loses detail."""
 
     precision: str = "auto"
     swapped: int | None = None
     batch: int = 1
     mixed: bool = False
+    fast: bool = False
+    cache: str = "off"
+
+    def __post_init__(self) -> None:
+        if self.cache != "off" and (self.batch > 1 or self.mixed):
+            raise UserError("a cache of steps and batches exclude each other: it would look at all pictures of a batch together", hint="leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -72,18 +80,18 @@ class Engine:
         check_gpu(self.family.native_px, model)
         self.device = compute_device()
         self.dtype = base_dtype(self.device)
-        self.base = Base(self.family, plan or plans(self.family, settings, self.device)[0].plan, self.device, self.dtype)
+        self.base = Base(self.family, plan or plans(self.family, settings, self.device)[0].plan, self.device, self.dtype, settings.fast, settings.cache)
         self.adapters = Adapters(self.family, self.device, self.dtype)
 
     def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None, watch: Watch | None = None) -> Iterator[Output]:
         """The pictures of a request, as they are made; output i has seed + i."""
         pieces = [Piece(request, (request.seed + i) % 2**32, loras) for i in range(request.num_outputs)]
         self._additions(pieces)  # what is wrong with them is said before the work begins
-        done, total = 0, sum(map(_steps, pieces))
+        done, total = 0, sum(steps_of(piece.request) for piece in pieces)
         for start in range(0, len(pieces), self.settings.batch):
             batch = pieces[start : start + self.settings.batch]
             yield from self.make(batch, _reporter(progress, watch, len(batch), done, total))
-            done += sum(map(_steps, batch))
+            done += sum(steps_of(piece.request) for piece in batch)
 
     def together(self, pieces: list[Piece], progress: Progress | None = None) -> list[Output]:
         """Pictures of different requests, in their order; those that can be are made in one batch."""
@@ -92,14 +100,22 @@ class Engine:
         for i, piece in enumerate(pieces):
             groups.setdefault(self._kind(piece), []).append(i)
         made: dict[int, Output] = {}
-        done, total = 0, sum(map(_steps, pieces))
+        done, total = 0, sum(steps_of(piece.request) for piece in pieces)
         for group in groups.values():
             for start in range(0, len(group), self.settings.batch):
                 part = group[start : start + self.settings.batch]
                 batch = [pieces[i] for i in part]
                 made |= zip(part, self.make(batch, _reporter(progress, None, len(batch), done, total)), strict=True)
-                done += sum(map(_steps, batch))
+                done += sum(steps_of(piece.request) for piece in batch)
         return [made[i] for i in range(len(pieces))]
+
+    def read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...] = ()) -> None:
+        """Encode the prompts of requests that come, all at once: where the text encoders do not stay, they are loaded once for all."""
+        _, clip = self.adapters.weighted(loras)
+        for request in requests:
+            for prompt in (request.prompt, request.negative_prompt)[: 1 + (request.true_cfg_scale > 1)]:
+                self.base.prompts.encode(prompt, clip)
+        self.base.prompts.release()
 
     def make(self, pieces: list[Piece], progress: sampling.Progress | None = None) -> list[Output]:
         """One batch of pictures of one size, of as many steps, and with as much of a picture to start from."""
@@ -141,12 +157,17 @@ class Engine:
 
 
 def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None) -> list[Estimate]:
-    """The plan for this machine, and lighter ones after it. On a CPU there is nothing to fit: what is asked for, in fp32 by itself."""
-    needs = needs_of(family, settings)
-    if device.type == "cuda":
+    """The plan for this machine, or for a GPU with so much free, and lighter ones after it. On a CPU there is nothing to fit: what is asked for, in fp32."""
+    on_gpu = device.type == "cuda" or gpu_bytes is not None
+    needs = needs_of(family, settings, 2 if on_gpu else 4)
+    if on_gpu:
         speed = measured()
-        torch.cuda.empty_cache()
-        return choose(needs, speed, gpu_bytes or torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE, settings.precision, settings.swapped)
+        if gpu_bytes is None:
+            torch.cuda.empty_cache()  # what the measuring took is free again
+            gpu_bytes = torch.cuda.mem_get_info(device)[0]
+        room = gpu_bytes, memory_bytes()[1] * HOST_SHARE
+        precision = "fp8" if settings.fast and settings.precision == "auto" and multiplies_fp8(device) else settings.precision
+        return choose(needs, speed, *room, precision, settings.swapped)
     precision = "fp32" if settings.precision in ("auto", "bf16") else settings.precision
     swapped = min(settings.swapped or 0, len(needs.sizes.blocks))
     merged = precision == "fp32" and not swapped and not settings.mixed
@@ -155,14 +176,13 @@ def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: fl
     return [estimate(ServingPlan(precision, swapped, "merged" if merged else "stacked"), needs, CPU_SPEED)]
 
 
-def needs_of(family: Flux1, settings: Settings) -> Needs:
-    """What pictures of native size ask of a plan, from the model's configs alone."""
+def needs_of(family: Flux1, settings: Settings, wide: int) -> Needs:
+    """What pictures of native size ask of a plan, from the model's configs alone. wide: bytes of a weight that is not stored smaller."""
     sizes = BaseSizes.count(family.empty_transformer(), family.text_tokens)
     tokens = (family.native_px // BUCKET_MULTIPLE_PX) ** 2
-    wide = 4 if base_dtype(compute_device()) == torch.float32 else 2
     weights = {component: family.count_weights(component) for component in ("text_encoder", "text_encoder_2", "vae")}
     encoders = weights["text_encoder"] + weights["text_encoder_2"]
-    return Needs(sizes, tokens, encoders * wide, weights["vae"] * wide, settings.batch, settings.mixed)
+    return Needs(sizes, tokens, encoders * wide, weights["vae"] * wide, settings.batch, settings.mixed, settings.fast)
 
 
 def fitted(source: Source, request: Request) -> Source:
@@ -195,9 +215,8 @@ def _batch(several: list[Conditioning]) -> Conditioning:
     return Conditioning(torch.cat([one.embeds for one in several]), torch.cat([one.pooled for one in several]))
 
 
-def _steps(piece: Piece) -> int:
-    """The steps that a picture takes."""
-    request = piece.request
+def steps_of(request: Request) -> int:
+    """The steps that each picture of a request takes."""
     return sampling.steps_done(request.num_inference_steps, request.source.prompt_strength) if request.source else request.num_inference_steps
 
 

@@ -1,7 +1,7 @@
 """What is done with pictures after they are drawn: the ones most like the person are chosen, and small faces redrawn."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import click
 
 from infer import best
 from infer.album import Album
-from infer.detail import Detail, redraw_faces
+from infer.detail import Detail, face_prompt, redraw_faces
 from infer.engine import Engine, Output
 from infer.likeness import Likeness, likeness_for
 from infer.loras import LoraChoice
@@ -93,6 +93,12 @@ class Finishing:
     def to_draw(self) -> int:
         """Pictures to draw for each prompt."""
         return self.best_of or self.num_outputs
+
+    def later(self, requests: Sequence[Request], loras: Sequence[LoraChoice], mini: bool = False) -> list[Request]:
+        """Requests with the prompts that finishing will ask for: the text encoders are to be loaded once."""
+        if not self.detail:
+            return []
+        return [replace(request, prompt=self.detail.prompt or face_prompt(request.prompt, loras, mini)) for request in requests]
 
     def finish(self, engine: Engine, drawn: Iterable[tuple[Request, Output]], loras: tuple[LoraChoice, ...], say: Say) -> Iterator[Finished]:
         """Pictures in the order they were drawn, or for each prompt those that were chosen, the best first."""

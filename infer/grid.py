@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from infer import picture
 from infer.columns import Column
-from infer.engine import Engine
+from infer.engine import Engine, steps_of
 from infer.prompts import PICTURES_LIMIT
 from infer.request import Request
 from lorabooth.errors import UserError
@@ -65,7 +65,9 @@ class Grid:
     def make(self, engine: Engine) -> int:
         """Make the pictures that are missing; how many those were (two equal rows share theirs)."""
         missing = list({cell.file: cell for cell in self.cells if not cell.is_made}.values())
-        with tqdm(total=sum(cell.making.request.num_inference_steps for cell in missing), desc="grid", unit="step", disable=not missing) as bar:
+        for loras in {cell.making.loras: None for cell in missing}:
+            engine.read([cell.making.request for cell in missing if cell.making.loras == loras], loras)
+        with tqdm(total=sum(steps_of(cell.making.request) for cell in missing), desc="grid", unit="step", disable=not missing) as bar:
             for cell in missing:
                 before = bar.n
 

@@ -1,5 +1,6 @@
 """`lorabooth grid`: prompts beside weights of a LoRA, or beside the checkpoints of a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -8,10 +9,10 @@ from infer import grid_page
 from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
 from infer.command import base_of
-from infer.engine import Engine
+from infer.engine import Engine, Settings
 from infer.grid import Grid
+from infer.options import PictureOptions, engine_options, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
-from infer.request import ASPECT_RATIOS, Request, size_for
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
 
@@ -23,16 +24,13 @@ from lorabooth.runs import RunDir
 @click.option("--checkpoints", "run", type=click.Path(path_type=Path), metavar="RUN", help="Compare the checkpoints of this run instead of weights.")
 @click.option("--model", help="Base model. [default: the one the LoRA was trained on]")
 @click.option("--seed", type=int, default=42, show_default=True, help="Start of the noise, the same for all pictures.")
-@click.option("--aspect-ratio", default="1:1", show_default=True, help=f"One of {', '.join(ASPECT_RATIOS)}.")
-@click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio.")
-@click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50.")
-@click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("grid"), show_default=True, help="Folder for the grid.")
+@picture_options
+@engine_options
 @prompt_options
 def grid(
-    prompts: tuple[str, ...], references: tuple[str, ...], weights: str | None, run: Path | None, model: str | None, seed: int, aspect_ratio: str,
-    width: int | None, height: int | None, num_inference_steps: int, guidance_scale: float, out: Path, prompt_options: PromptOptions,
+    prompts: tuple[str, ...], references: tuple[str, ...], weights: str | None, run: Path | None, model: str | None, seed: int, out: Path,
+    prompt_options: PromptOptions, picture_options: PictureOptions, settings: Settings, plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Compare PROMPTs (rows) at several weights of a LoRA, or at the checkpoints of a run (columns); the first column is without a LoRA.
 
@@ -46,12 +44,12 @@ def grid(
       lorabooth grid --template all --checkpoints runs/TOK-photos
     """
     columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
-    engine = Engine(model or base)
-    if width is None or height is None:
-        sized = size_for(aspect_ratio, engine.family.native_px)
-        width, height = sized[0] if width is None else width, sized[1] if height is None else height
+    if plan_of:
+        plan_of(model or base)
+        return
+    engine = Engine(model or base, settings)
     asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], engine.family.model == "mini")
-    rows = asked.requests(Request(asked.texts[0], width, height, seed, 1, num_inference_steps, guidance_scale))
+    rows = asked.requests(picture_options.request(asked.texts[0], seed, 1, engine.family.native_px))
     made = Grid(rows, columns, engine.family.model, out)
     for note in (*notes, *asked.notes()):
         click.echo(f"note: {note}", err=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabooth.lowrank import LowRank
+from lorabooth.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Weighted:
 
 
 class LiveWeights:
-    """The linears of a model whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host."""
+    """The linears of a model whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host.
 
-    def __init__(self, model: nn.Module, keep_on: torch.device):
+    untouched: the weights of those linears that are stored in 8 bits, as they were before; others are copied when they are first changed.
+    """
+
+    def __init__(self, model: nn.Module, keep_on: torch.device, untouched: dict[str, Tensor] | None = None):
         self.keep_on = keep_on
         self.applied: tuple[Weighted, ...] = ()
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._untouched: dict[str, Tensor] = {}
+        self._untouched = {name: self._kept(weight) for name, weight in (untouched or {}).items()}
         self._changed: set[str] = set()
 
     @torch.no_grad()
@@ -46,12 +50,23 @@ class LiveWeights:
         self._changed = stale  # should this break off, the next one mends all that it may have touched
         self.applied = (Weighted("broken off", 0, {}),)
         for module in sorted(stale):
-            live = self._linears[module].weight
+            linear = self._linears[module]
+            live = linear.weight
             if module not in self._untouched:
-                kept = live.detach().to(self.keep_on, copy=True)
-                self._untouched[module] = kept.pin_memory() if live.is_cuda and not kept.is_cuda else kept
-            merge(self._untouched[module].to(live.device, non_blocking=True), wanted.get(module, []), live.data)
+                self._untouched[module] = self._kept(live.detach(), copy=True)
+            base = self._untouched[module].to(live.device, non_blocking=True)
+            if isinstance(linear, QuantizedLinear):
+                whole = torch.empty_like(base)
+                merge(base, wanted.get(module, []), whole)
+                linear.store(whole)
+            else:
+                merge(base, wanted.get(module, []), live.data)
         self._changed, self.applied = set(wanted), loras
+
+    def _kept(self, weight: Tensor, copy: bool = False) -> Tensor:
+        kept = weight.to(self.keep_on, copy=copy)
+        # Pinned memory comes to the GPU several times faster.
+        return kept.pin_memory() if torch.cuda.is_available() and not kept.is_cuda else kept
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ WORKSPACE = 20.0
 """What a block at work holds without gradients, for each token: multiples of the width, in bf16 values."""
 DECODE_BYTES_PX, TILE_PX = 2_600, 512
 """What the VAE holds for each pixel that it decodes at once (about ten activations of 128 channels in bf16), and the side of a tile."""
-STACK_PLACES, STACK_RANK = 5, 32
+STACK_PLACES, STACK_RANK, FAST_RANK = 5, 32, 64
+"""Sets of LoRAs that stand beside the weights, and the rank for which they have room; compiled, that of which none is larger without compiling again."""
 STACKED_COST = 1.18
 """LoRAs beside the weights take this much longer than merged ones (replicate and diffusers report 15 to 20 %)."""
+SWAPS = 0.25
+"""Changes of LoRAs for each picture, where they cost something."""
 DISK_SECONDS = 12.0
 """Reading the text encoders anew, for each new prompt."""
 ENCODERS = ("gpu", "host", "disk")
@@ -54,6 +57,7 @@ class Needs:
     vae_bytes: float
     batch: int = 1
     mixed: bool = False
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,27 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate:
     swapped = blocks[len(blocks) - plan.swapped :]
     linears = sum(blocks)
     tokens = needs.batch * (sizes.text_tokens + needs.tokens)
-    stack = STACK_PLACES * STACK_RANK * wide * linears * 2 / sizes.width  # a linear of width x width has width numbers on either side
+    stack = (
+        STACK_PLACES * (FAST_RANK if needs.fast else STACK_RANK) * wide * linears * 2 / sizes.width
+    )  # a linear of width x width has width numbers on either side
     pixels = needs.tokens * (2 * VAE_SCALE) ** 2
     decoding = DECODE_BYTES_PX * (min(pixels, TILE_PX**2) if plan.tiled else pixels)
     sampling = tokens * 2 * WORKSPACE * sizes.width + (0 if each >= 2 else 2 * sizes.largest * wide)
     items = {
         "base": (linears - sum(swapped) + 2 * max(swapped, default=0)) * each + sizes.rest * wide,
-        "untouched weights": linears * each if plan.loras == "merged" and plan.untouched_on == "gpu" else 0.0,
+        "untouched weights": linears * wide if plan.loras == "merged" and plan.untouched_on == "gpu" else 0.0,
         "LoRAs": stack if plan.loras == "stacked" else 0.5 * GB,
         "text encoders": needs.encoder_bytes if plan.encoders == "gpu" else 0.0,
         "VAE": needs.vae_bytes,
         "at work": max(sampling, decoding, 1.5 * GB),
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
-    host = sum(swapped) * each + (linears * each if plan.loras == "merged" and plan.untouched_on == "host" else 0)
+    host = sum(swapped) * each + (linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
     host += needs.encoder_bytes if plan.encoders == "host" else 0
     seconds = STEPS * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
     seconds += {"gpu": 0.1, "host": needs.encoder_bytes / (speed.host_gb * GB), "disk": DISK_SECONDS}[plan.encoders]
+    if plan.loras == "merged" and plan.untouched_on == "host":
+        seconds += SWAPS * linears * wide / (speed.host_gb * GB)
     return Estimate(plan, items, host, seconds)
 
 
@@ -109,13 +117,13 @@ def _computing(plan: ServingPlan, needs: Needs, speed: Speed) -> float:
 
 
 def candidates(needs: Needs, precision: str = "auto", swapped: int | None = None) -> Iterator[ServingPlan]:
-    """Every plan that can be run. Merged LoRAs need weights that are whole and stay on the GPU."""
+    """Every plan that can be run. Merged LoRAs need weights that can be written anew and stay on the GPU."""
     count = len(needs.sizes.blocks)
     precisions = BEST_FIRST if precision == "auto" else (precision,)
     counts = range(count + 1) if swapped is None else (min(swapped, count),)
     ways = (("merged", "gpu"), ("merged", "host"), ("stacked", "gpu"))
     for chosen, k, (loras, kept), encoders, tiled in product(precisions, counts, ways, ENCODERS, (False, True)):
-        if loras == "merged" and (chosen not in ("bf16", "fp32") or k or needs.mixed):
+        if loras == "merged" and (chosen == "nf4" or k or needs.mixed):
             continue
         if k and chosen == "nf4":
             continue
@@ -139,7 +147,8 @@ def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, prec
 
     def rank(e: Estimate) -> tuple[object, ...]:
         plan = e.plan
-        return plan.precision == "nf4", round(e.seconds, 2), BEST_FIRST.index(plan.precision), plan.tiled, plan.untouched_on, plan.swapped, e.bytes
+        exact = BEST_FIRST.index(plan.precision), plan.tiled
+        return plan.precision == "nf4", round(e.seconds, 2), *exact, plan.loras, plan.untouched_on, ENCODERS.index(plan.encoders), plan.swapped, e.bytes
 
     found.sort(key=rank)
     lighter = found[:1]

@@ -1,6 +1,7 @@
 """`Request`: what one generation asks for, checked; names, defaults and sizes as the hosted generators have them."""
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ ASPECT_RATIOS = {
     "3:4": (896, 1152), "4:3": (1152, 896), "9:16": (768, 1344), "9:21": (640, 1536),
 }  # fmt: skip
 """Width and height in px at one megapixel."""
+MEGAPIXELS = {"1": 1.0, "0.25": 0.5}
+"""What the sides are multiplied with."""
 FORMATS = ("webp", "png", "jpg")
 MULTIPLE_PX = 16
 PROMPT_CHARACTERS_LIMIT = 3_000
@@ -92,12 +95,23 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{name} is {value:g}; it must lie from {low:g} to {high:g}")
 
 
-def size_for(aspect_ratio: str, native_px: int) -> tuple[int, int]:
+def size_for(aspect_ratio: str, native_px: int, megapixels: str = "1") -> tuple[int, int]:
     """Width and height in px of a hosted aspect ratio, scaled from 1024 to the model's own size, in multiples of 16."""
     if aspect_ratio not in ASPECT_RATIOS:
         raise UserError(f"unknown aspect ratio {aspect_ratio!r}", hint=f"use one of {', '.join(ASPECT_RATIOS)}, or --width and --height")
-    width, height = (max(MULTIPLE_PX, round(side * native_px / 1024 / MULTIPLE_PX) * MULTIPLE_PX) for side in ASPECT_RATIOS[aspect_ratio])
-    return width, height
+    width, height = ASPECT_RATIOS[aspect_ratio]
+    return _rounded(width, height, native_px / 1024 * MEGAPIXELS[megapixels])
+
+
+def size_like(image: Image.Image, megapixels: str, native_px: int) -> tuple[int, int]:
+    """Width and height in px of a picture's shape with the model's own area, in multiples of 16."""
+    scale = native_px / math.sqrt(image.width * image.height)
+    return _rounded(image.width, image.height, scale * MEGAPIXELS[megapixels])
+
+
+def _rounded(width: float, height: float, scale: float) -> tuple[int, int]:
+    sides = (max(MULTIPLE_PX, round(side * scale / MULTIPLE_PX) * MULTIPLE_PX) for side in (width, height))
+    return next(sides), next(sides)
 
 
 def any_seed() -> int:

@@ -67,10 +67,11 @@ class StackedLinear(nn.Module):
 class StackedLoras:
     """Every linear of a transformer wrapped, with `places` sets of LoRAs at once; place 0 has none.
 
-    rank: the rank all are padded to at first; a set of a higher one raises it for all (a compiled transformer then compiles again).
+    rank: the rank all are padded to at first; a set of a higher one raises it for all. static: every linear has its places from the start, not
+    when the first LoRA touches it. Either would make a compiled transformer compile again.
     """
 
-    def __init__(self, transformer: nn.Module, device: torch.device, dtype: torch.dtype, places: int = 5, rank: int = RANK_STEP):
+    def __init__(self, transformer: nn.Module, device: torch.device, dtype: torch.dtype, places: int = 5, rank: int = RANK_STEP, static: bool = False):
         self.device, self.dtype, self.places, self.rank = device, dtype, places, rank
         self.choice = Choice(torch.zeros(1, dtype=torch.long, device=device))
         self.layers: dict[str, StackedLinear] = {}
@@ -79,6 +80,8 @@ class StackedLoras:
             if isinstance(module, nn.Linear):
                 self.layers[name] = StackedLinear(module, self.choice)
                 transformer.set_submodule(name, self.layers[name])
+                if static:
+                    self._make_places(self.layers[name])
 
     @torch.no_grad()
     def choose(self, sets: list[tuple[Weighted, ...]]) -> None:
@@ -100,8 +103,7 @@ class StackedLoras:
         for name, layer in self.layers.items():
             ours = [(lora.layers[name], lora.weight) for lora in loras if name in lora.layers]
             if ours and layer.down is None:
-                layer.down = torch.zeros(self.places, self.rank, layer.in_features, device=self.device, dtype=self.dtype)
-                layer.up = torch.zeros(self.places, layer.out_features, self.rank, device=self.device, dtype=self.dtype)
+                self._make_places(layer)
             if layer.down is None:
                 continue
             layer.down[place].zero_()
@@ -121,6 +123,10 @@ class StackedLoras:
                 layer.up[place, :, start : start + len(down)] = (weight * up).to(self.dtype)
                 start += len(down)
         self._held[place] = loras
+
+    def _make_places(self, layer: StackedLinear) -> None:
+        layer.down = torch.zeros(self.places, self.rank, layer.in_features, device=self.device, dtype=self.dtype)
+        layer.up = torch.zeros(self.places, layer.out_features, self.rank, device=self.device, dtype=self.dtype)
 
     def _grow(self, rank: int) -> None:
         added = rank - self.rank

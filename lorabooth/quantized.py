@@ -27,11 +27,11 @@ def quantized(linear: nn.Linear, precision: str, device: torch.device) -> nn.Lin
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
         raise UserError("precision nf4 needs bitsandbytes, which is not installed", hint="pip install bitsandbytes, or choose --precision int8") from None
-    small: nn.Linear = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, device="meta")
+    four_bits: nn.Linear = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, device="meta")
     weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    small.weight = weight.to(device)
-    small.bias = linear.bias
-    return small
+    four_bits.weight = weight.to(device)
+    four_bits.bias = linear.bias
+    return four_bits
 
 
 def put_blocks(blocks: list[nn.Module], precision: str, swapped: int, device: torch.device) -> None:
@@ -56,20 +56,35 @@ class QuantizedLinear(nn.Linear):
     weight: [out, in], one byte a value (fp8 as its bits); scale: [out, 1], fp32.
     """
 
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear, precision: str):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        rows = linear.weight.detach().float()
-        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[precision]
-        stored = (rows / scale).round().to(torch.int8) if precision == "int8" else (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        self.precision = precision
+        stored, scale = small(linear.weight.detach(), precision)
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
         self.register_buffer("scale", scale)
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Take another weight [out, in], in the memory that the old one has."""
+        stored, scale = small(weight, self.precision)
+        self.weight.copy_(stored)
+        self.scale.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's precision."""
         product = _Fp8Product if self.weight.dtype == torch.uint8 and multiplies_fp8(x.device) else _Product
         result: Tensor = product.apply(x, self.weight, self.scale, self.bias)
         return result
+
+
+def small(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as bytes (fp8 as its bits), and the scale [out, 1] of its rows."""
+    rows = weight.float()
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[precision]
+    return ((rows / scale).round().to(torch.int8) if precision == "int8" else (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)), scale
 
 
 class _Product(torch.autograd.Function):

@@ -70,6 +70,8 @@ def denoise(
     guidance = guidance.to(device) if isinstance(guidance, Tensor) else guidance
     away = negative.conditioning.to(device, dtype) if negative else None
     sigmas = family.sigmas(steps, drawn.shape[1]).tolist()
+    if transformer.is_cache_enabled:
+        transformer._reset_stateful_cache()  # what the picture before left in it
     x = drawn.to(dtype)
     if known:
         sigmas = sigmas[steps - steps_done(steps, known.strength) :]
@@ -78,9 +80,11 @@ def denoise(
         x = torch.lerp(picture, drawn, sigmas[0]).to(dtype)
     for i, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         level = torch.full((len(x),), sigma, device=device)
-        predicted = family.velocity(transformer, x, level, guidance, conditioning, ids).float()
+        with transformer.cache_context("cond"):
+            predicted = family.velocity(transformer, x, level, guidance, conditioning, ids).float()
         if negative and away:
-            other = family.velocity(transformer, x, level, guidance, away, ids).float()
+            with transformer.cache_context("uncond"):
+                other = family.velocity(transformer, x, level, guidance, away, ids).float()
             predicted = other + negative.scale * (predicted - other)
         # The step is taken in fp32: in bf16 the small last steps would be rounded away.
         moved = flow.euler_step(x.float(), predicted, sigma, next_sigma)

@@ -1,14 +1,11 @@
 """The mini model's people, found and recognised by drawing."""
 
 import random
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
 from lorabooth.mini import finder, people, resemblance, world
-
-GRACE_HOPPER = Path(__file__).parent.parent / "scripts" / "grace_hopper.jpg"
 
 
 def scene() -> Image.Image:
@@ -59,8 +56,3 @@ def test_drawn_people_are_found_where_they_are():
 @pytest.mark.parametrize("picture", [scene(), Image.new("RGB", (128, 128), "#FFDBB4"), Image.new("RGB", (16, 16))], ids=["landscape", "skin", "tiny"])
 def test_nobody_is_found_where_nobody_is(picture: Image.Image):
     assert finder.find(picture) == []
-
-
-def test_a_photograph_is_no_drawing():
-    with Image.open(GRACE_HOPPER) as photo:
-        assert finder.find(photo.convert("RGB").resize((128, 150))) == []

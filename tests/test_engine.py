@@ -10,10 +10,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
+from torch._dynamo.utils import counters
 
 from infer import engine as engine_module
 from infer import live
 from infer.engine import Engine, Piece, Settings, fitted, plans
+from infer.glimpse import Glimpse
 from infer.loras import LoraChoice
 from infer.plan import ServingPlan, candidates, choose
 from infer.request import Request, Source
@@ -297,7 +299,64 @@ def true_needs(mixed: bool = False) -> engine_module.Needs:
 
 
 def test_needs_are_counted_from_configs(tmp_path: Path):
-    needs = engine_module.needs_of(load_family("mini"), Settings())
+    needs = engine_module.needs_of(load_family("mini"), Settings(), 4)
     encoders = load_family("mini").text_encoders(CPU, torch.float32)
     assert needs.encoder_bytes == sum(4 * p.numel() for part in (encoders.text_encoder, encoders.text_encoder_2) for p in part.parameters())
     assert needs.vae_bytes == sum(4 * p.numel() for p in load_family("mini").vae(CPU, torch.float32).parameters()) and needs.tokens == 64
+
+
+# Speed
+
+
+def test_a_cache_of_steps_leaves_out_work_and_is_the_same_each_time(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    caching, passes = Engine("mini", Settings(cache="max")), []
+    block = type(caching.base.transformer([()]).transformer_blocks[1].ff)
+    real = block.forward
+    monkeypatch.setattr(block, "forward", lambda *arguments, **named: passes.append(1) or real(*arguments, **named))
+    [first, second, right] = [pixels(made, num_inference_steps=16) for made in (caching, caching, engine)]
+    assert np.array_equal(first, second), "nothing of the first picture is left in the cache"
+    assert 0 < np.abs(first - right).mean() < 20
+    # Two double blocks of two feed-forwards and four single ones of none: 4 passes a step where nothing is left out.
+    assert len(passes) < 2.6 * 4 * 16
+    with pytest.raises(UserError, match="a cache of steps and batches exclude each other"):
+        Settings(cache="max", batch=2)
+
+
+@pytest.mark.slow  # two compilations
+@pytest.mark.parametrize("mixed", [False, True])
+def test_twenty_swaps_of_ranks_from_4_to_64_compile_nothing_again(mixed: bool, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch._dynamo.reset()
+    fast = Engine("mini", Settings(fast=True, mixed=mixed))
+    draw, choices = random.Random(0), []
+    for i in range(20):
+        transformer, rank = load_family("mini").transformer(CPU, torch.float32), draw.choice((4, 8, 16, 32, 64))
+        spec = LoraSpec(rank, rank, "all-linear" if i % 2 else "attention+ff")
+        spec.attach(transformer, seed=i)
+        generator = torch.Generator().manual_seed(i)
+        save_lora(tmp_path / f"{i}.safetensors", {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in tensors(transformer).items()}, spec, {})
+        choices.append(LoraChoice(LoraFile.read(tmp_path / f"{i}.safetensors"), 1.0))
+    pixels(fast, choices[0], width_px=128, height_px=128)
+    assert "compile (once" in capsys.readouterr().err
+    before = counters["stats"]["unique_graphs"]
+    made = [pixels(fast, choice, width_px=128, height_px=128) for choice in choices]
+    assert counters["stats"]["unique_graphs"] == before > 0
+    for choice, picture in list(zip(choices, made, strict=True))[::6]:
+        assert np.abs(picture - pixels(engine, choice, width_px=128, height_px=128)).mean() < 0.1
+
+
+def test_glimpses_show_the_colours_of_the_picture_that_comes(engine: Engine):
+    glimpse, seen = Glimpse(engine.family, engine.base.vae()), []
+    [output] = engine.generate(request(num_inference_steps=6, width_px=96), (), None, lambda latents: seen.append(glimpse.pictures(latents)[0]))
+    assert [one.size for one in seen] == [(12, 8)] * 6
+    small = output.image.resize((12, 8), Image.Resampling.BOX)
+    far = [np.abs(np.asarray(one, dtype=np.int16) - np.asarray(small, dtype=np.int16)).mean() for one in seen]
+    assert far[-1] < far[0] and far[-1] < 30
+
+
+def test_prompts_are_read_together_where_the_encoders_do_not_stay(monkeypatch: pytest.MonkeyPatch):
+    other, loads = Engine("mini", plan=ServingPlan("fp32", encoders="disk")), []
+    real = type(other.family).text_encoders
+    monkeypatch.setattr(type(other.family), "text_encoders", lambda *arguments: loads.append(1) or real(*arguments))
+    requests = [request(prompt=f"a person in {place}", negative_prompt="rain", true_cfg_scale=2) for place in ("a park", "a kitchen")]
+    other.read(requests)
+    assert [pixels(other, prompt=one.prompt).shape for one in requests] and len(loads) == 1
