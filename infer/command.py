@@ -1,26 +1,23 @@
 """`lorabooth generate`: a prompt and LoRAs in, pictures out."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
 import click
-from PIL import ImageOps
-from tqdm import tqdm
 
 from infer import loras as lora_store
-from infer import picture
-from infer.engine import Engine, Settings, steps_of
+from infer.drawing import Drawing, say
+from infer.engine import Engine, Settings
+from infer.filter import content_filter
+from infer.finish import Finishing, FinishOptions, finish_options
 from infer.loras import LoraChoice
-from infer.options import PictureOptions, engine_options, picture_options
+from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
 from lorabooth.errors import UserError
-
-FULL_SIZE_ON_SHEET = 16
-SMALL_PX = 320
 
 
 @click.command()
@@ -38,13 +35,17 @@ SMALL_PX = 320
 @click.option("--format", "output_format", type=click.Choice(FORMATS), default="webp", show_default=True, help="File format.")
 @click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
+@click.option("--live", is_flag=True, help="Show the picture that is coming in OUT/live.png, in rough.")
+@filter_option
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")
 @picture_options
 @engine_options
 @prompt_options
+@finish_options
 def generate(
     prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, output_format: str, output_quality: int,
-    out: Path, as_json: bool, prompt_options: PromptOptions, picture_options: PictureOptions, settings: Settings, plan_of: Callable[[str], None] | None,
+    out: Path, live: bool, filtered: bool, as_json: bool, prompt_options: PromptOptions, finish_options: FinishOptions, picture_options: PictureOptions, settings: Settings,
+    plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 
@@ -59,6 +60,8 @@ def generate(
     Example, choices that the seed makes, and the built-in portraits:
       lorabooth generate "TOK in a {red|blue} {hat|scarf}" --lora runs/TOK-photos -n 8
       lorabooth generate --template all --lora runs/TOK-photos
+    Example, far away and still recognisable:
+      lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
     choices = tuple(lora_store.resolve(reference) for reference in references)
     if plan_of:
@@ -68,40 +71,12 @@ def generate(
     chosen = any_seed() if seed is None else seed
     prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
     request = picture_options.request(prompts.texts[0], chosen, num_outputs, engine.family.native_px)
-    requests = prompts.requests(request)
+    finishing = Finishing.read(finish_options, engine, choices, num_outputs, say)
+    requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
     _notices(engine, requests, prompts, seed is None)
-    files = write_pictures(engine, requests, choices, out, output_format, output_quality)
-    click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files))
-
-
-def write_pictures(
-    engine: Engine, requests: Sequence[Request], choices: tuple[LoraChoice, ...], out: Path, form: str, quality: int = 80
-) -> list[dict[str, str | int]]:
-    """Generate and write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds."""
-    files: list[dict[str, str | int]] = []
-    shown = []
-    taken = [int(match.group(1)) for file in out.glob(f"out-*.{form}") if (match := re.fullmatch(r"out-(\d+)", file.stem))]
-    first = max(taken, default=-1) + 1
-    total = sum(request.num_outputs for request in requests)
-    engine.read(requests, choices)
-    with tqdm(total=sum(request.num_outputs * steps_of(request) for request in requests), desc="generate", unit="step") as bar:
-        for request in requests:
-            before = bar.n
-
-            def advance(done: int, _: int, before: float = before) -> None:
-                bar.update(before + done - bar.n)
-
-            for output in engine.generate(request, choices, advance):
-                file = out / f"out-{first + len(files)}.{form}"
-                picture.write(file, output.image, picture.Making(request, output.seed, engine.family.model, choices), quality)
-                files.append({"file": str(file), "seed": output.seed})
-                # Hundreds of full pictures on one sheet nobody can open.
-                shown.append((output.image if total <= FULL_SIZE_ON_SHEET else ImageOps.contain(output.image, (SMALL_PX, SMALL_PX)), f"seed {output.seed}"))
-    if len(shown) > 1:
-        sheet = out / "contact-sheet.png"
-        picture.write(sheet, picture.contact_sheet(shown), picture.Making(requests[0], requests[0].seed, engine.family.model, choices))
-        files.append({"file": str(sheet), "seed": requests[0].seed})
-    return files
+    drawing = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live)
+    files = drawing.draw(requests)
+    click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files if not file.get("filtered")))
 
 
 def base_of(choices: tuple[LoraChoice, ...]) -> str:

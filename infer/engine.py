@@ -6,6 +6,7 @@ in fp32 that holds to the bit; on a GPU batches of other sizes are rounded diffe
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -108,6 +109,12 @@ class Engine:
                 made |= zip(part, self.make(batch, _reporter(progress, None, len(batch), done, total)), strict=True)
                 done += sum(steps_of(piece.request) for piece in batch)
         return [made[i] for i in range(len(pieces))]
+
+    def record(self) -> dict[str, Any]:
+        """How the engine computes, as far as pictures depend on it: plain JSON for their making."""
+        found: dict[str, Any] = {"precision": self.base.plan.precision}
+        found |= {"cache": self.settings.cache} if self.settings.cache != "off" else {}
+        return found
 
     def read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...] = ()) -> None:
         """Encode the prompts of requests that come, all at once: where the text encoders do not stay, they are loaded once for all."""

@@ -129,6 +129,11 @@ def engine_options(command: Command) -> Command:
     )  # fmt: skip
 
 
+def filter_option(command: Command) -> Command:
+    """Add the switch of the content filter."""
+    return click.option("--filter/--no-filter", "filtered", default=True, show_default=True, help="Keep back pictures that are not safe for work.")(command)
+
+
 def print_plan(model: str, settings: Settings, vram_gb: float | None) -> None:
     """Print the plan for a base on this machine's GPU, or on one of that size."""
     device = compute_device()

@@ -1,0 +1,140 @@
+"""What is done with pictures after they are drawn: the ones most like the person are chosen, and small faces redrawn."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infer import best
+from infer.album import Album
+from infer.detail import Detail, face_prompt, redraw_faces
+from infer.engine import Engine, Output
+from infer.likeness import Likeness, likeness_for
+from infer.loras import LoraChoice
+from infer.request import Request
+from lorabooth.errors import UserError
+
+Say = Callable[[str], None]
+"""Prints a line for the user without spoiling a progress bar."""
+
+
+@dataclass(frozen=True)
+class FinishOptions:
+    """The options of a command that say what is done with its pictures."""
+
+    detail: str | None = None
+    detail_prompt: str | None = None
+    detail_faces: int = 1
+    best_of: int | None = None
+    like: Path | None = None
+
+
+def finish_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add those options to a command, which gets them as `finish_options`."""
+
+    @wraps(command)
+    def gathered(
+        *arguments: Any, detail: str | None, detail_prompt: str | None, detail_faces: int, best_of: int | None, like: Path | None, **others: Any
+    ) -> None:
+        command(*arguments, finish_options=FinishOptions(detail, detail_prompt, detail_faces, best_of, like), **others)
+
+    strengths = "face, or with a strength: face:subtle, face:normal, face:strong, face:0.35"
+    added = (
+        click.option("--detail", metavar="face[:STRENGTH]", help=f"Redraw small faces with the LoRA, at full size: {strengths}."),
+        click.option("--detail-prompt", metavar="TEXT", help="What to draw there. [default: a close-up of the LoRA's person, and PROMPT]"),
+        click.option("--detail-faces", type=int, default=1, show_default=True, help="Faces a picture to redraw; each becomes the LoRA's person."),
+        click.option("--best-of", type=int, metavar="N", help="Draw N pictures a prompt and keep the -n most like the photos."),
+        click.option("--like", type=click.Path(path_type=Path), metavar="RUN|FOLDER", help="Photos to compare with. [default: those of the LoRA's run]"),
+    )
+    for option in reversed(added):
+        option(gathered)
+    return gathered
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture that is done, and what its record says of that."""
+
+    request: Request
+    output: Output
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """The work itself; with nothing asked for, pictures go through as they are."""
+
+    num_outputs: int = 1
+    best_of: int | None = None
+    detail: Detail | None = None
+    likeness: Likeness | None = None
+
+    @classmethod
+    def read(cls, options: FinishOptions, engine: Engine, choices: Sequence[LoraChoice], num_outputs: int, say: Say) -> "Finishing":
+        """What options ask for; a UserError where it cannot be done, before a picture is drawn."""
+        detail = Detail.parse(options.detail, options.detail_prompt, options.detail_faces) if options.detail is not None else None
+        if options.detail_prompt is not None and (not detail or not options.detail_prompt.strip()):
+            raise UserError("--detail-prompt needs --detail face, and words", hint='such as: --detail face --detail-prompt "a close-up of TOK in a helmet"')
+        if options.best_of is not None:
+            best.check(options.best_of, num_outputs)
+        if not detail and options.best_of is None:
+            if options.like:
+                raise UserError("--like does nothing by itself", hint="it goes with --best-of N or --detail face")
+            return cls(num_outputs)
+        album = Album.for_request(options.like, choices)
+        if options.best_of is not None and not album:
+            raise best.NOTHING_TO_COMPARE
+        return cls(num_outputs, options.best_of, detail, _measure(engine, album, needed=options.best_of is not None or options.like is not None, say=say))
+
+    @property
+    def to_draw(self) -> int:
+        """Pictures to draw for each prompt."""
+        return self.best_of or self.num_outputs
+
+    def later(self, requests: Sequence[Request], loras: Sequence[LoraChoice], mini: bool = False) -> list[Request]:
+        """Requests with the prompts that finishing will ask for: the text encoders are to be loaded once."""
+        if not self.detail:
+            return []
+        return [replace(request, prompt=self.detail.prompt or face_prompt(request.prompt, loras, mini)) for request in requests]
+
+    def finish(self, engine: Engine, drawn: Iterable[tuple[Request, Output]], loras: tuple[LoraChoice, ...], say: Say) -> Iterator[Finished]:
+        """Pictures in the order they were drawn, or for each prompt those that were chosen, the best first."""
+        for request, output, more in self._chosen(drawn, say):
+            if not self.detail:
+                yield Finished(request, output, more)
+                continue
+            done = redraw_faces(engine, request, output.seed, output.image, loras, self.detail, self.likeness)
+            say(f"seed {output.seed}: {_told(len(done.faces), sum(face.kept for face in done.faces), done.large)}")
+            yield Finished(request, Output(done.image, output.seed), more | {"detail": done.record(self.detail)})
+
+    def _chosen(self, drawn: Iterable[tuple[Request, Output]], say: Say) -> Iterator[tuple[Request, Output, dict[str, Any]]]:
+        if self.best_of is None or self.likeness is None:
+            yield from ((request, output, {}) for request, output in drawn)
+            return
+        for rows in best.ranked(drawn, self.best_of, self.likeness):
+            say(best.table(rows, self.num_outputs, self.likeness.name))
+            for row in rows[: self.num_outputs]:
+                yield row.request, row.output, {"likeness": {"score": row.score, "by": self.likeness.name, "best_of": self.best_of}}
+
+
+def _measure(engine: Engine, album: Album | None, needed: bool, say: Say) -> Likeness | None:
+    """The measure of likeness, where it can be had; where it is only a help and cannot, a note."""
+    if album is None:
+        return None
+    try:
+        return likeness_for(engine.family.native_px, album)
+    except UserError as error:
+        if needed:
+            raise
+        say(f"note: redrawn faces are kept without comparison: {error.message}")
+        return None
+
+
+def _told(redrawn: int, kept: int, large: int) -> str:
+    if not redrawn:
+        return "the face is large enough as it is" if large else "no face found"
+    what = f"{redrawn} face{'s' * (redrawn > 1)} redrawn"
+    return what + (f", of which {kept} stayed as before, since that was liker" if kept else "")
