@@ -44,8 +44,8 @@ from lorabooth.errors import UserError
 @finish_options
 def generate(
     prompt: str | None, references: tuple[str, ...], model: str | None, num_outputs: int, seed: int | None, output_format: str, output_quality: int,
-    out: Path, live: bool, filtered: bool, as_json: bool, prompt_options: PromptOptions, finish_options: FinishOptions, picture_options: PictureOptions, settings: Settings,
-    plan_of: Callable[[str], None] | None,
+    out: Path, live: bool, filtered: bool, as_json: bool, prompt_options: PromptOptions, finish_options: FinishOptions,
+    picture_options: PictureOptions, settings: Settings, plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Make pictures from PROMPT, into which the trigger word of a LoRA is put where it is missing.
 

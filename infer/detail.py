@@ -95,23 +95,29 @@ class Detailed:
 
 def redraw_faces(
     engine: Engine, request: Request, seed: int, image: Image.Image, loras: tuple[LoraChoice, ...], detail: Detail,
-    likeness: Likeness | None = None, finder: Finder | None = None,
+    likeness: Likeness | None = None, finder: Finder | None = None, decided: dict[Box, bool] | None = None,
 ) -> Detailed:  # fmt: skip
-    """Run the pass on a picture that `request` made with `seed`. Outside the ovals it stays the same to the bit."""
+    """Run the pass on a picture that `request` made with `seed`. Outside the ovals it stays the same to the bit.
+
+    decided: the faces to redraw, and whether to take the new ones, where that was decided before.
+    """
     found = (finder or finder_for(engine.family.native_px))(image)
     spots = [spot for spot in found if spot.face_area <= LARGE * engine.family.native_px**2]
     large = len(found) - len(spots)
-    if likeness and len(spots) > detail.faces:
+    if decided is not None:
+        known = {spot.face: spot for spot in spots}
+        spots = [known[face] for face in decided if face in known]
+    elif likeness and len(spots) > detail.faces:
         # Of a crowd, the one most like the person; everybody who is redrawn becomes that person.
         spots.sort(key=lambda spot: -likeness.face(image.crop(spot.crop)))
     done = []
-    for i, spot in enumerate(spots[: detail.faces]):
+    for i, spot in enumerate(spots if decided is not None else spots[: detail.faces]):
         old = image.crop(spot.crop)
         new = _redrawn(engine, request, face_seed(seed, i), old, spot, loras, detail)
         pasted = Image.composite(new, old, oval_mask(spot, old.width))
         scores = (likeness.face(old), likeness.face(pasted)) if likeness else (None, None)
         done.append(Redrawn(spot.face, *scores))
-        if not done[-1].kept:
+        if not done[-1].kept if decided is None else decided[spot.face]:
             image = image.copy()
             image.paste(pasted, spot.crop[:2])
     return Detailed(image, tuple(done), large)

@@ -57,17 +57,21 @@ class Drawing:
         with Writer(self.quality, self.content_filter.score if self.content_filter else None) as writer:
             for finished in self.finishing.finish(engine, self._drawn(requests), self.choices, say):
                 number += 1
-                making = picture.Making(finished.request, finished.output.seed, engine.family.model, self.choices, engine.record() | finished.more)
+                making = picture.Making(finished.request, finished.output.seed, engine.family.model, self.choices, self._computed() | finished.more)
                 writer.put(self.out / f"out-{number}.{self.form}", finished.output.image, making)
             written = writer.results()
         rows = [self._row(one) for one in written]
         shown = [one for one in written if not one.filtered]
         return rows + ([self._sheet(requests[0], shown)] if len(shown) > 1 else [])
 
+    def _computed(self) -> dict[str, Any]:
+        """What the making says beside the request."""
+        return self.engine.record() | ({} if self.form == "png" else {"output_quality": self.quality})
+
     def _row(self, one: Written) -> dict[str, Any]:
         seed = one.making.seed
         if one.score is None:
-            finished = {key: value for key, value in one.making.more.items() if key not in self.engine.record()}
+            finished = {key: value for key, value in one.making.more.items() if key not in self._computed()}
             return {"file": str(one.file), "seed": seed, **finished}
         say(notice(seed, one.score))
         return {"file": None, "seed": seed, "filtered": True, "score": round(one.score, 3)}

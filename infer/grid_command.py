@@ -10,8 +10,9 @@ from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
 from infer.command import base_of
 from infer.engine import Engine, Settings
+from infer.filter import content_filter
 from infer.grid import Grid
-from infer.options import PictureOptions, engine_options, picture_options
+from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
@@ -25,11 +26,12 @@ from lorabooth.runs import RunDir
 @click.option("--model", help="Base model. [default: the one the LoRA was trained on]")
 @click.option("--seed", type=int, default=42, show_default=True, help="Start of the noise, the same for all pictures.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("grid"), show_default=True, help="Folder for the grid.")
+@filter_option
 @picture_options
 @engine_options
 @prompt_options
 def grid(
-    prompts: tuple[str, ...], references: tuple[str, ...], weights: str | None, run: Path | None, model: str | None, seed: int, out: Path,
+    prompts: tuple[str, ...], references: tuple[str, ...], weights: str | None, run: Path | None, model: str | None, seed: int, out: Path, filtered: bool,
     prompt_options: PromptOptions, picture_options: PictureOptions, settings: Settings, plan_of: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     """Compare PROMPTs (rows) at several weights of a LoRA, or at the checkpoints of a run (columns); the first column is without a LoRA.
@@ -50,10 +52,10 @@ def grid(
     engine = Engine(model or base, settings)
     asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], engine.family.model == "mini")
     rows = asked.requests(picture_options.request(asked.texts[0], seed, 1, engine.family.native_px))
-    made = Grid(rows, columns, engine.family.model, out)
+    made = Grid(rows, columns, engine.family.model, out, engine.record())
     for note in (*notes, *asked.notes()):
         click.echo(f"note: {note}", err=True)
-    count = made.make(engine)
+    count = made.make(engine, content_filter() if filtered else None)
     title = f"{columns[-1].loras[0].file.name if run is None else run.resolve().name}, seed {seed}"
     files = [grid_page.write_html(made, title), grid_page.write_png(made, title), made.write_record()]
     kept = len(made.cells) - count

@@ -74,6 +74,12 @@ def encode(image: Image.Image, making: Making, form: str, quality: int = 80) -> 
     return out.getvalue()
 
 
+def decoded(data: bytes) -> Image.Image:
+    """The picture in a file's bytes, in RGB."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
 def write(path: Path, image: Image.Image, making: Making, quality: int = 80) -> None:
     """Write one picture durably; its format is the file's ending."""
     write_durable(path, encode(image, making, path.suffix[1:], quality))

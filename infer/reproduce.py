@@ -1,0 +1,211 @@
+"""`lorabooth reproduce`: a picture is made again from what is written in it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from tqdm import tqdm
+
+from infer import a1111, picture
+from infer import loras as lora_store
+from infer.detail import Detail, redraw_faces
+from infer.engine import Engine, Settings
+from infer.loras import LoraChoice
+from infer.options import read_picture
+from infer.request import FORMATS, Request, Source
+from lorabooth import __version__
+from lorabooth.errors import UserError
+from lorabooth.runs import write_durable
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BYTES_LIMIT = 200_000_000
+LORAS_LIMIT = 32
+RUNS = "runs/*/lora.safetensors"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class LoraRecord(_Part):
+    """A LoRA of a picture."""
+
+    name: Annotated[str, StringConstraints(max_length=300)]
+    sha256: Sha256
+    weight: float = Field(ge=-2, le=3)
+
+
+class SourceRecord(_Part):
+    """The picture that a picture was made from."""
+
+    sha256: Sha256
+    prompt_strength: float
+    masked: bool
+
+
+class FaceRecord(_Part):
+    """A face that was redrawn: its box, and which of the two was kept."""
+
+    box: Annotated[tuple[int, int, int, int], Field(strict=False)]
+    kept: Literal["old", "new"]
+
+
+class DetailRecord(_Part):
+    """A pass over the faces of a picture."""
+
+    strength: Literal["subtle", "normal", "strong"] | float
+    prompt: str | None
+    faces: list[FaceRecord] = Field(max_length=64)
+
+
+class Record(_Part):
+    """What a picture says of its making; it may come from anybody."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float = 1.0
+    width: int
+    height: int
+    model: Annotated[str, StringConstraints(max_length=300)]
+    loras: list[LoraRecord] = Field(max_length=LORAS_LIMIT)
+    source: SourceRecord | None = None
+    precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] | None = None
+    cache: Literal["off", "balanced", "max"] = "off"
+    detail: DetailRecord | None = None
+    output_quality: int = Field(default=80, ge=0, le=100)
+    lorabooth: Annotated[str, StringConstraints(max_length=50)]
+
+    @classmethod
+    def of(cls, path: Path) -> "Record":
+        """The record in a picture; a UserError where it has none of ours."""
+        try:
+            if path.stat().st_size > BYTES_LIMIT:
+                raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; the limit is {BYTES_LIMIT / 1e6:.0f} MB")
+            found = picture.making_of(path)
+        except FileNotFoundError:
+            raise UserError(f"there is no file {path}") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise UserError(f"{path} is not a picture that can be read") from None
+        if not found:
+            raise UserError(f"{path} does not say how it was made", hint="pictures of lorabooth do, unless a program or a website has removed it")
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: what it says of its making cannot be used: {where}: {first['msg']}") from None
+
+
+@click.command()
+@click.argument("path", metavar="PICTURE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="Where a LoRA of it is. [default: looked for in runs/]")
+@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="The picture it was made from, where it was made from one.")
+@click.option("--mask", type=click.Path(path_type=Path, dir_okay=False), help="The mask that went with it.")
+@click.option("--model", help="Where the base model is, where it was a local folder.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
+@click.option("--json", "as_json", is_flag=True, help="Print the file and the comparison as JSON.")
+def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask: Path | None, model: str | None, out: Path | None, as_json: bool) -> None:
+    """Make PICTURE again from what is written in it, and say whether it is the same.
+
+    A png is compared to the bit. A webp or jpg has lost something, so the new picture loses the same first.
+
+    \b
+    Example:
+      lorabooth reproduce pictures/out-3.png
+    Example, a picture of somebody else:
+      lorabooth reproduce portrait.webp --lora runs/TOK-photos
+    """
+    record = Record.of(path)
+    choices = find_loras(record.loras, references)
+    request = Request(
+        record.prompt, record.width, record.height, record.seed, 1, record.num_inference_steps, record.guidance_scale, record.negative_prompt,
+        record.true_cfg_scale, find_source(record.source, image, mask),
+    )  # fmt: skip
+    if record.lorabooth != __version__:
+        click.echo(f"note: made by lorabooth {record.lorabooth}, this is {__version__}; the picture may differ", err=True)
+    engine = Engine(model or record.model, Settings(precision="auto" if record.precision == "fp32" else record.precision or "auto", cache=record.cache))
+    with tqdm(total=record.num_inference_steps, desc="reproduce", unit="step") as bar:
+
+        def advance(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        [output] = engine.generate(request, choices, advance)
+    made = output.image
+    if record.detail:
+        detail, decided = Detail(record.detail.strength, record.detail.prompt), {face.box: face.kept == "new" for face in record.detail.faces}
+        made = redraw_faces(engine, request, record.seed, made, choices, detail, decided=decided).image
+    making = picture.Making(request, record.seed, engine.family.model, choices, engine.record() | _finished(path))
+    file = out or path.with_name(f"{path.stem}-again{path.suffix}")
+    form = file.suffix[1:].lower()
+    if form not in FORMATS:
+        raise UserError(f"--out {file} ends in {file.suffix or 'nothing'}; it must end in .{', .'.join(FORMATS)}")
+    difference = largest_difference(path, made, making, record.output_quality)
+    write_durable(file, picture.encode(made, making, form, record.output_quality))
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "same": difference == 0, "largest_difference": difference}))
+        return
+    same = "the same picture, to the bit" if difference == 0 else f"not the same: pixels differ by up to {difference} of 255"
+    click.echo(f"{same} (another GPU, precision or version rounds differently)" if difference else same, err=True)
+    click.echo(str(file))
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in picture.making_of(path).items() if key in ("detail", "likeness", "output_quality")}
+
+
+def find_loras(records: Sequence[LoraRecord], references: Sequence[str]) -> tuple[LoraChoice, ...]:
+    """The files of a picture's LoRAs, by their hashes; a UserError that says which is not there, or is another one."""
+    given = [lora_store.resolve(reference) for reference in references]
+    known = {choice.file.sha256: choice.file for choice in given}
+    for file in () if {record.sha256 for record in records} <= known.keys() else sorted(Path().glob(RUNS)):
+        try:
+            choice = lora_store.resolve(str(file))
+            known.setdefault(choice.file.sha256, choice.file)
+        except UserError:  # a run whose LoRA is damaged is not the one that is looked for
+            continue
+    found = []
+    for record in records:
+        if record.sha256 not in known:
+            others = f"; {', '.join(f'{c.file.name} has {c.file.sha256[:12]}' for c in given)}" if given else ""
+            raise UserError(
+                f"the LoRA {a1111.plain(record.name)} with the hash {record.sha256[:12]} is not here{others}",
+                hint="say where it is with --lora RUN, FILE or HUB-ID",
+            )
+        found.append(LoraChoice(known[record.sha256], record.weight))
+    return tuple(found)
+
+
+def find_source(record: SourceRecord | None, image: Path | None, mask: Path | None) -> Source | None:
+    """The picture to start from, compared with the hash of the one that was."""
+    if record is None:
+        if image or mask:
+            raise UserError("this picture was not made from another one", hint="leave out --image and --mask")
+        return None
+    needed = "--image FILE and --mask FILE" if record.masked else "--image FILE"
+    if image is None or (record.masked and mask is None):
+        raise UserError("this picture was made from another one, which it does not contain", hint=f"give it with {needed}")
+    source = Source(read_picture(image), read_picture(mask, mask=True) if mask and record.masked else None, record.prompt_strength)
+    if source.sha256 != record.sha256:
+        raise UserError(
+            f"{image} is not the picture that it was made from: hash {source.sha256[:12]}, not {record.sha256[:12]}", hint=f"give the same files with {needed}"
+        )
+    return source
+
+
+def largest_difference(path: Path, made: Image.Image, making: picture.Making, quality: int) -> int:
+    """Of any value of any pixel, 0 to 255; 255 where the sizes differ. What a webp or jpg lost, the new one loses first."""
+    with Image.open(path) as old:
+        form = {"WEBP": "webp", "JPEG": "jpg"}.get(old.format or "", "png")
+        before = np.asarray(old.convert("RGB"), dtype=np.int16)
+    if before.shape[1::-1] != made.size:
+        return 255
+    again = made if form == "png" else picture.decoded(picture.encode(made, making, form, quality))
+    return int(np.abs(np.asarray(again, dtype=np.int16) - before).max())
