@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infer.loras import WEIGHTS, LoraChoice
+from infer.loras import LoraChoice
+from infer.references import WEIGHTS
 from lorabooth import checkpoints
 from lorabooth.errors import UserError
 from lorabooth.lora import LoraFile

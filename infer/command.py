@@ -33,7 +33,7 @@ SMALL_PX = 320
     "--lora",
     "references",
     multiple=True,
-    metavar="RUN|FILE|HUB-ID[:WEIGHT]",
+    metavar="RUN|FILE|HUB-ID|URL[:WEIGHT]",
     help="LoRA to apply, with a weight from -2 to 3 [default: 1]; may be given several times.",
 )
 @click.option("--model", help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")

@@ -75,9 +75,9 @@ class Output:
 class Engine:
     """One base model that makes pictures, one batch at a time; for one thread. A plan is made for pictures of native size."""
 
-    def __init__(self, model: str, settings: Settings = Settings(), plan: ServingPlan | None = None):
-        self.family, self.settings = load_family(model), settings
-        check_gpu(self.family.native_px, model)
+    def __init__(self, model: str | Flux1, settings: Settings = Settings(), plan: ServingPlan | None = None):
+        self.family, self.settings = load_family(model) if isinstance(model, str) else model, settings
+        check_gpu(self.family.native_px, self.family.model)
         self.device = compute_device()
         self.dtype = base_dtype(self.device)
         self.base = Base(self.family, plan or plans(self.family, settings, self.device)[0].plan, self.device, self.dtype, settings.fast, settings.cache)

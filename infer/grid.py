@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ class Grid:
     def make(self, engine: Engine) -> int:
         """Make the pictures that are missing; how many those were (two equal rows share theirs)."""
         missing = list({cell.file: cell for cell in self.cells if not cell.is_made}.values())
-        for loras in {cell.making.loras: None for cell in missing}:
-            engine.read([cell.making.request for cell in missing if cell.making.loras == loras], loras)
+        for loras, cells in groupby(missing, key=lambda cell: cell.making.loras):
+            engine.read([cell.making.request for cell in cells], loras)
         with tqdm(total=sum(steps_of(cell.making.request) for cell in missing), desc="grid", unit="step", disable=not missing) as bar:
             for cell in missing:
                 before = bar.n

@@ -19,7 +19,7 @@ from lorabooth.runs import RunDir
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID", help="LoRA whose weights are compared; further ones keep theirs.")
+@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="LoRA whose weights are compared; further ones keep theirs.")
 @click.option("--weights", help=f"Weights by commas, or from..to+step such as 0..1.2+0.2. [default: {DEFAULT_WEIGHTS}]")
 @click.option("--checkpoints", "run", type=click.Path(path_type=Path), metavar="RUN", help="Compare the checkpoints of this run instead of weights.")
 @click.option("--model", help="Base model. [default: the one the LoRA was trained on]")

@@ -1,18 +1,33 @@
-"""`LoraStore`: a LoRA reference from the command line -> a local safetensors file.
+"""`LoraStore`: a LoRA reference -> a local safetensors file, checked; downloaded once, and kept up to a limit.
 
-A reference is a run folder, a file, or a hub repository (`owner/name` or `owner/name/file.safetensors`), each with an
-optional `:weight` behind it.
+infer/references.py says what a reference may be. It prints nothing but a progress bar and notices on standard error.
 """
 
+import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
-from lorabooth import hub
+import click
+
+from infer import formats, hub_lora
+from infer.civitai import TOKEN_VARIABLE, Civitai
+from infer.download import LIMIT_VARIABLE, Download, Downloaded, Known, too_large
+from infer.lora_cache import Kept, LoraCache, Record, default_folder, key_of
+from infer.references import CivitaiReference, HubReference, Reference, UrlReference, parse, safe, split_weight
+from lorabooth.addresses import Addresses
 from lorabooth.errors import UserError
 from lorabooth.lora import LoraFile
+from lorabooth.web import Web, WebError
 
-WEIGHTS = (-2.0, 3.0)
+LIMIT_BYTES = 4 * 10**9
+CACHE_BYTES = 50 * 10**9
+PLAIN_NAMES = ("lora", "trained_model", "output", "pytorch_lora_weights", "adapter_model", "resolve", "download")
+"""Names that many files have; the folder above says more."""
+CACHE_VARIABLE = "LORABOOTH_LORA_CACHE_GB"
 
 
 @dataclass(frozen=True)
@@ -23,48 +38,174 @@ class LoraChoice:
     weight: float
 
 
+@dataclass(frozen=True)
+class Source:
+    """Something to download: `shown` is what people may read of it, `name` what the file is called, `sha256` what it must have, where that is known."""
+
+    url: str = field(repr=False)
+    key: str
+    shown: str
+    name: str
+    sha256: str = ""
+
+
 def resolve(reference: str) -> LoraChoice:
-    """The file of a reference, checked; a UserError says what was looked for where."""
-    name, weight = split_weight(reference)
-    return LoraChoice(LoraFile.read(_locate(name)), weight)
+    """The file of a reference, checked, by a store with the settings of the environment; a UserError says what was looked for where."""
+    return LoraStore.from_environment().resolve(reference)
 
 
-def split_weight(reference: str) -> tuple[str, float]:
-    """`runs/tok:0.8` -> (`runs/tok`, 0.8); without a weight, 1.0."""
-    match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+)", reference)
-    if not match or Path(reference).exists():
-        return reference, 1.0
-    weight = float(match.group(2))
-    if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
-        raise UserError(f"the weight of {match.group(1)} is {weight:g}; it must lie from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
-    return match.group(1), weight
+def to_stderr(message: str) -> None:
+    """A notice for whoever sits before the terminal."""
+    click.echo(f"note: {message}", err=True)
 
 
-def _locate(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "lora.safetensors").exists():
-            return path / "lora.safetensors"
-        if (path / "config.json").exists():
-            raise UserError(f"the run {name} has no LoRA yet: its training has not ended", hint="run the same lorabooth train command again to go on")
-        return _only_one(path, sorted(path.glob("*.safetensors")), name)
-    if path.exists():
-        return path
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?", name)
-    if not match or name.startswith((".", "/", "~")) or (name.endswith(".safetensors") and not match.group(2)):
-        raise UserError(f"no LoRA at {name!r}", hint="give a run folder, a .safetensors file, or a hub repository such as owner/name")
-    repository, file = match.groups()
-    # The hub's patterns match across folders; trainers put each checkpoint's LoRA into one, and none of those is asked for.
-    folder = hub.download(repository, (file,)) if file else hub.download(repository, ("*.safetensors",), ignored=("*/*",))
-    if file and not (folder / file).exists():
-        raise UserError(f"{repository} has no file {file}")
-    return _only_one(folder, [folder / file] if file else sorted(folder.glob("*.safetensors")), name)
+class LoraStore:
+    """Resolves references. It may be shared by threads, and its folder by processes.
+
+    folder: of the downloads; limit_bytes: of one; cache_bytes: of all that are kept; civitai: in place of CivitAI's own
+    address, for all its hosts; show: whether a progress bar is drawn; pause_seconds: before a second attempt, then doubled.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, *, limit_bytes: int = LIMIT_BYTES, cache_bytes: int = CACHE_BYTES, addresses: Addresses | None = None,
+        civitai: str = "", civitai_token: str = "", notice: Callable[[str], None] = to_stderr, show: bool = True, pause_seconds: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.cache = LoraCache(folder or default_folder(), cache_bytes)
+        self.web = Web(addresses or Addresses(), pause_seconds)
+        self.civitai = Civitai(self.web, civitai_token, civitai)
+        self.limit_bytes, self.notice, self.show = limit_bytes, notice, show
+
+    @classmethod
+    def from_environment(cls) -> "LoraStore":
+        """With LORABOOTH_LORA_LIMIT_GB, LORABOOTH_LORA_CACHE_GB, LORABOOTH_ALLOW_PRIVATE_ADDRESSES and CIVITAI_TOKEN."""
+        limit, kept = _gigabytes(LIMIT_VARIABLE, LIMIT_BYTES), _gigabytes(CACHE_VARIABLE, CACHE_BYTES)
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        return cls(limit_bytes=limit, cache_bytes=kept, addresses=Addresses.from_environment(), civitai_token=token)
+
+    def resolve(self, reference: str) -> LoraChoice:
+        """The file of a reference, checked. A downloaded one is not deleted for room while the answer's `file` lives."""
+        name, weight = split_weight(reference)
+        found = self._locate(parse(name), name)
+        if isinstance(found, Path):
+            return LoraChoice(LoraFile.read(found), weight)
+        try:
+            file = LoraFile.read(found.file)
+        except BaseException:
+            found.release()
+            raise
+        weakref.finalize(file, found.release)
+        return LoraChoice(file, weight)
+
+    def _locate(self, reference: Reference, name: str) -> Path | Kept:
+        match reference:
+            case HubReference():
+                return hub_lora.fetch(reference, self.limit_bytes, self.notice)
+            case CivitaiReference():
+                return self._of_civitai(reference)
+            case UrlReference():
+                return self._cached(Source(reference.url, key_of(reference.url), safe(reference.url), _name_of(reference.url)))
+        return _in_folder(reference, name) if reference.is_dir() else reference
+
+    def _of_civitai(self, reference: CivitaiReference) -> Kept:
+        key = key_of(f"civitai {reference.model} {reference.version} {reference.wanted}")
+        self.cache.prepare()
+        try:
+            file = self.civitai.file(reference)
+            if file.size_bytes > self.limit_bytes:
+                raise too_large(f"{reference.page} ({file.name})", self.limit_bytes)
+            source = Source(file.url, key, reference.page, _plain(Path(file.name).stem) or f"civitai-{file.version}", file.sha256)
+            return self._cached(source, self.civitai.token_for(file.url, reference))
+        except WebError as error:
+            record = self.cache.record(key)
+            kept = self.cache.keep(record.sha256) if record else None
+            error = self.civitai.explained(error, reference.page, reference)
+            if kept is None:
+                raise error from None
+            return self._earlier(kept, reference.page, error)
+
+    def _cached(self, source: Source, token: str = "") -> Kept:
+        """The file of a source: from the cache where its content is known and there, or the server says that it has not changed or cannot say."""
+        self.cache.prepare()
+        before = self.cache.record(source.key)
+        with self.cache.fetching(source.key, lambda: self.notice(f"{source.shown} is being downloaded already; waiting for that")) as waited:
+            record = self.cache.record(source.key)
+            digest = source.sha256 or (record.sha256 if record else "")
+            kept = self.cache.keep(digest)
+            # What another process fetched while this one waited is as new as can be.
+            if kept is not None and (source.sha256 or (waited and record != before)):
+                if record is None or record.sha256 != digest:
+                    self.cache.point(source.key, Record(source.shown, digest))
+                return kept
+            known = Known(record.etag, record.modified, record.fetched_bytes) if kept is not None and record else None
+            try:
+                show = source.name if self.show else None
+                done = Download(self.web, source.url, self.cache.part(source.key), token, self.limit_bytes, show).run(known)
+                if done.part is None and kept is not None:
+                    return kept
+                new = self._take_in(done, source)
+            except WebError as error:
+                if kept is None:
+                    raise
+                return self._earlier(kept, source.shown, error)
+            except BaseException:
+                if kept is not None:
+                    kept.release()
+                raise
+            if kept is not None:
+                kept.release()
+            return new
+
+    def _take_in(self, done: Downloaded, source: Source) -> Kept:
+        assert done.part is not None, "a server that was asked for a file cannot have answered that it has not changed"
+        if source.sha256 and done.sha256 != source.sha256:
+            done.part.unlink()
+            raise UserError(
+                f"{source.shown} did not arrive as it was published: its SHA-256 is {done.sha256[:12]}..., not {source.sha256[:12]}...",
+                hint="run the same command again; if it stays so, do not trust the file",
+            )
+        try:
+            lora, inner = formats.lora_in(done.part, source.shown)
+        except UserError:
+            done.part.unlink(missing_ok=True)
+            raise
+        digest = inner or done.sha256
+        return self.cache.put(source.key, lora, digest, source.name, Record(source.shown, digest, done.etag, done.modified, done.bytes))
+
+    def _earlier(self, kept: Kept, shown: str, error: UserError) -> Kept:
+        self.notice(f"{error.message}; {shown} is used as it was downloaded before")
+        return kept
 
 
-def _only_one(folder: Path, files: list[Path], name: str) -> Path:
-    named = [f for f in files if f.name == "lora.safetensors"] or files
-    if len(named) == 1 and named[0].exists():
-        return named[0]
-    if not named:
+def _in_folder(folder: Path, name: str) -> Path:
+    """The LoRA of a run, or the only one in a folder."""
+    if (folder / "lora.safetensors").exists():
+        return folder / "lora.safetensors"
+    if (folder / "config.json").exists():
+        raise UserError(f"the run {name} has no LoRA yet: its training has not ended", hint="run the same lorabooth train command again to go on")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise UserError(f"{name} holds no .safetensors file", hint="only safetensors is read: other formats can run code when loaded")
-    raise UserError(f"{name} holds several LoRA files: {', '.join(f.name for f in named)}", hint=f"name one, such as {name}/{named[0].name}")
+    if len(files) > 1:
+        raise UserError(f"{name} holds several LoRA files: {', '.join(f.name for f in files)}", hint=f"name one, such as {name}/{files[0].name}")
+    return files[0]
+
+
+def _name_of(url: str) -> str:
+    """What to call the file of an address: the last part of its path that tells it from others."""
+    parts = urlsplit(url)
+    stems = [_plain(PurePosixPath(unquote(part)).stem) for part in parts.path.split("/") if part]
+    return next((stem for stem in reversed(stems) if stem and stem not in PLAIN_NAMES), _plain(parts.hostname or "") or "lora")
+
+
+def _plain(name: str) -> str:
+    """A name from elsewhere, fit for a file of ours."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80]
+
+
+def _gigabytes(variable: str, default_bytes: int) -> int:
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        return default_bytes
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", value, re.ASCII) or float(value) == 0:
+        raise UserError(f"{variable} is {value[:40]!r}; it must be a number of gigabytes over 0", hint=f"such as {variable}={default_bytes / 1e9:g}")
+    return int(float(value) * 1e9)

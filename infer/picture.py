@@ -5,16 +5,19 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
+from infer import a1111, xmp
 from infer.loras import LoraChoice
 from infer.request import Request
 from lorabooth import __version__
 from lorabooth.hub import display_name
 from lorabooth.runs import write_durable
 
+OURS = "lorabooth"
+EXIF_BYTES = 65_000
+"""What a jpg has room for, nearly."""
 SHEET_COLUMNS = 4
 CAPTION_PX = 18
 
@@ -31,24 +34,24 @@ class Making:
     """What was done after drawing, as plain JSON (infer/finish.py)."""
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON; LoRAs by name, hash of the base they were made for, and weight, never by path."""
+        """Plain JSON; LoRAs by name, hash and weight, never by path."""
         r = self.request
+        source = {"sha256": r.source.sha256, "prompt_strength": r.source.prompt_strength, "masked": r.source.mask is not None} if r.source else None
         return {
-            "prompt": r.prompt, "seed": self.seed, "num_inference_steps": r.num_inference_steps, "guidance_scale": r.guidance_scale,
-            "width": r.width_px, "height": r.height_px, "model": display_name(self.model),
-            "loras": [{"name": c.file.name, "sha256": c.file.sha256, "weight": c.weight} for c in self.loras], "lorabooth": __version__,
-            **self.more,
+            "prompt": r.prompt, "negative_prompt": r.negative_prompt, "seed": self.seed, "num_inference_steps": r.num_inference_steps,
+            "guidance_scale": r.guidance_scale, "true_cfg_scale": r.true_cfg_scale, "width": r.width_px, "height": r.height_px,
+            "model": display_name(self.model), "loras": [{"name": c.file.name, "sha256": c.file.sha256, "weight": c.weight} for c in self.loras],
+            **({"source": source} if source else {}), "lorabooth": __version__, **self.more,
         }  # fmt: skip
 
     def parameters(self) -> str:
-        """The text AUTOMATIC1111 and its relatives read; both names of FLUX's guidance, since readers differ."""
-        r = self.record()
-        loras = ", ".join(f"{lora['name']}: {lora['sha256'][:12]}" for lora in r["loras"])
-        tail = f', Lora hashes: "{loras}"' if loras else ""
-        return (
-            f"{r['prompt']}\nSteps: {r['num_inference_steps']}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {r['guidance_scale']}, "
-            f"Seed: {r['seed']}, Size: {r['width']}x{r['height']}, Model: {r['model']}{tail}, Version: lorabooth {__version__}"
-        )
+        """The text AUTOMATIC1111 and its relatives read."""
+        return a1111.parameters(self.record(), [choice.file.tensors_sha256 for choice in self.loras], __version__)
+
+    def xmp(self) -> str:
+        """The XMP packet."""
+        r = self.request
+        return xmp.packet(r.prompt, r.negative_prompt, display_name(self.model), __version__, r.source is not None)
 
 
 def encode(image: Image.Image, making: Making, form: str, quality: int = 80) -> bytes:
@@ -57,14 +60,17 @@ def encode(image: Image.Image, making: Making, form: str, quality: int = 80) -> 
     if form == "png":
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", making.parameters())
-        info.add_text("lorabooth", json.dumps(making.record()))
-        info.add_itxt("XML:com.adobe.xmp", _xmp())
+        info.add_text(OURS, json.dumps(making.record()))
+        info.add_itxt("XML:com.adobe.xmp", making.xmp())
         image.save(out, "PNG", pnginfo=info)
         return out.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.parameters().encode("utf-16-be")
-    exif[ExifTags.Base.ImageDescription] = json.dumps(making.record())
-    image.save(out, {"webp": "WEBP", "jpg": "JPEG"}[form], quality=quality, exif=exif, xmp=_xmp().encode())
+    # Bytes, for pillow makes question marks of letters that are not ASCII.
+    exif[ExifTags.Base.ImageDescription] = json.dumps(making.record(), ensure_ascii=False).encode()
+    comment = b"UNICODE\0" + making.parameters().encode("utf-16-be")
+    if len(exif.tobytes()) + len(comment) < EXIF_BYTES:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    image.save(out, {"webp": "WEBP", "jpg": "JPEG"}[form], quality=quality, exif=exif, xmp=making.xmp().encode())
     return out.getvalue()
 
 
@@ -74,10 +80,14 @@ def write(path: Path, image: Image.Image, making: Making, quality: int = 80) -> 
 
 
 def making_of(path: Path) -> dict[str, Any]:
-    """The record inside a picture of ours; empty where there is none."""
+    """The record inside a picture of ours; empty where there is none, or none that can be read."""
     with Image.open(path) as image:
-        text = image.info.get("lorabooth") or image.getexif().get(ExifTags.Base.ImageDescription, "{}")
-    return json.loads(text)
+        png, in_exif = image.info.get(OURS), image.getexif().get(ExifTags.Base.ImageDescription, "{}")
+    try:
+        found = json.loads(png or in_exif.encode("latin-1").decode("utf-8"))
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def contact_sheet(pictures: list[tuple[Image.Image, str]]) -> Image.Image:
@@ -92,13 +102,3 @@ def contact_sheet(pictures: list[tuple[Image.Image, str]]) -> Image.Image:
         sheet.paste(picture, (x, y))
         draw.text((x + 2, y + height + 1), text, fill="black", font=font)
     return sheet
-
-
-def _xmp() -> str:
-    """XMP that says the picture is made by a trained algorithm (IPTC digital source type)."""
-    source = escape("http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia")
-    return (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        f'<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/>'
-        "</rdf:RDF></x:xmpmeta>"
-    )

@@ -5,6 +5,8 @@ Only the files a component needs are fetched, never code; each failure of the hu
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,20 @@ def component_config(model: str, component: str, name: str = "config.json") -> d
 def download(repository: str, patterns: tuple[str, ...], ignored: tuple[str, ...] = ()) -> Path:
     """Files of a hub repository that match `patterns` and not `ignored`, in the local hub cache; a UserError for each way this can fail."""
     from huggingface_hub import snapshot_download
+
+    with explained(repository):
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+
+
+class Unreachable(UserError):
+    """The hub cannot be asked now: what was downloaded before is the best there is."""
+
+
+@contextmanager
+def explained(
+    repository: str, without_network: str = "connect to the internet once, or give a local folder with --model; --model mini needs no download"
+) -> Iterator[None]:
+    """The one place where a failure of the hub becomes a sentence; `without_network` is the way on when it cannot be reached."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -69,10 +85,11 @@ def download(repository: str, patterns: tuple[str, ...], ignored: tuple[str, ...
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+        yield
     except GatedRepoError:
         raise UserError(
             f"{repository} is gated: its licence must be accepted and you must be logged in",
@@ -83,24 +100,26 @@ def download(repository: str, patterns: tuple[str, ...], ignored: tuple[str, ...
             f"the hub has no repository {repository}, or your token may not see it",
             hint="check the name; for a private one run: hf auth login (or set HF_TOKEN)",
         ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{repository} has no such revision", hint="give a branch, a tag or a whole commit id that its page lists") from None
     except HFValidationError:
         raise UserError(f"{repository!r} is not a name that a hub repository can have", hint="names look like owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         # With nothing cached, the client turns an answer such as HTTP 500 into "not found here"; its cause tells.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refused(repository, error.__cause__.response.status_code) from None
-        raise UserError(
-            f"{repository} is not on this machine and the hub cannot be reached",
-            hint="connect to the internet once, or give a local folder with --model; --model mini needs no download",
-        ) from None
+        raise Unreachable(f"{repository} is not on this machine and the hub cannot be reached", hint=without_network) from None
     except HfHubHTTPError as error:
         raise _refused(repository, error.response.status_code) from None
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise UserError(
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout"):  # by name: the client changed its HTTP library between versions
+            raise Unreachable(f"{repository} is not on this machine and the hub cannot be reached", hint=without_network) from None
+        raise Unreachable(
             f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; files that arrived whole are kept"
         ) from None
 
 
 def _refused(repository: str, status: int) -> UserError:
     hints = {401: "the token is not valid; run: hf auth login", 403: "your token may not read it: give it that right, or run: hf auth login"}
-    return UserError(f"the hub refused {repository} (HTTP {status})", hint=hints.get(status, "try again later"))
+    kind = Unreachable if status >= 500 or status == 429 else UserError
+    return kind(f"the hub refused {repository} (HTTP {status})", hint=hints.get(status, "try again later"))

@@ -4,6 +4,7 @@ Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out,
 The strength alpha / rank is folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -197,13 +198,22 @@ class LoraFile:
 
     @property
     def name(self) -> str:
-        """What to call it: the run's folder for our own files, else the file's stem."""
+        """What to call it: the run's folder for our own files, the repository for those in the hub's cache, else the file's stem."""
+        if self.path.parent.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>/lora.safetensors
+            return self.path.parents[2].name.removeprefix("models--").replace("--", "/")
         return self.path.parent.name if self.path.name == "lora.safetensors" else self.path.stem
 
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the file."""
         return sha256_file(self.path)
+
+    @cached_property
+    def tensors_sha256(self) -> str:
+        """Hex digest of what follows the header: the hash by which kohya's trainer, AUTOMATIC1111 and CivitAI know a LoRA."""
+        with self.path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def trigger_word(self) -> str:

@@ -123,13 +123,13 @@ class _Headers(io.FileIO):
 def _entries(descriptor: int, source: Path) -> list[Entry]:
     budget = Budget(source)
     with faults(source, "its table of contents"):
-        members = _members(descriptor, source)
-    files = [member for member in members if not member.isdir() and not is_system_file(member.name)]
+        found = members(descriptor, source)
+    files = [member for member in found if not member.isdir() and not is_system_file(member.name)]
     return [Entry(member.name, partial(_read_member, descriptor, member, budget)) for member in files]
 
 
-def _members(descriptor: int, source: Path) -> list[tarfile.TarInfo]:
-    """All members. Raises UserError where there are too many, and one of ARCHIVE_FAULTS where the tar is damaged."""
+def members(descriptor: int, source: Path) -> list[tarfile.TarInfo]:
+    """All members of a plain tar. Raises UserError where there are too many, and one of ARCHIVE_FAULTS where the tar is damaged."""
     with _Headers(descriptor) as file:
         file.seek(0)
         with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:

@@ -31,8 +31,9 @@ from lorabooth import hub
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
+from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
-from scripts.gpu_check import Case, seconds_of, write_run
+from scripts.gpu_check import Case, write_run
 from scripts.random_flux import TINY, Size, random_conditioning, write_model
 from train import fit
 

@@ -11,8 +11,6 @@ import math
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +23,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from infer.engine import Settings
 from lorabooth import sampling
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
@@ -35,6 +34,8 @@ from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
 from lorabooth.speed import measured
+from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
+from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
 from train.compiled import compile_blocks, wanted
@@ -43,11 +44,7 @@ from train.plan import Estimate, MemoryPlan, choose
 from train.planning import HOST_SHARE, plans_for, shapes_of
 
 WARM_UP_STEPS = 5
-SAMPLING_STEPS = 28
-GUIDANCE = 3.5
 PHOTO = Photo("00001.png", "random numbers", 1024, 1024, "", None)
-CONTEXT_BYTES = 0.6e9
-"""What CUDA itself holds of a card before torch asks for anything."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +106,6 @@ def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: 
     if card_gib is None:
         return plans_for(config, family, device)[0]
     return choose(shapes_of(config, family), config, measured(), card_gib * 2**30 - CONTEXT_BYTES, memory_bytes()[1] * HOST_SHARE)[0]
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall seconds of `work`, until the GPU has done it."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def gemm_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -182,28 +170,20 @@ def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: Memor
     return times[WARM_UP_STEPS:], torch.stack(losses).tolist()
 
 
-def time_generating(family: Flux1, size: Size, device: torch.device, rate: float) -> list[dict[str, Any]]:
-    """Seconds of one picture: the denoising, and the decoding apart."""
-    dtype, px = base_dtype(device), size.sides_px[-1]
-    transformer, vae, conditioning, start = (
-        family.transformer(device, dtype),
-        family.vae(device, dtype),
-        random_conditioning(size, dtype),
-        sampling.noise(1, px, px),
-    )
-    forget(device)
-    latents: list[torch.Tensor] = []
-
-    def denoise(steps: int) -> None:
-        latents.append(sampling.denoise(family, transformer, conditioning, start, steps, GUIDANCE))
-
-    denoise(2)  # warm-up
-    sampling.decode(family, vae, latents[0])
-    seconds = seconds_of(lambda: denoise(SAMPLING_STEPS), device)
-    assert bool(torch.isfinite(latents[-1]).all()), "the latents are not finite"
-    decoding = seconds_of(lambda: sampling.decode(family, vae, latents[-1]), device)
-    timed = speed(seconds, SAMPLING_STEPS * sum(size.tflop(px)), rate)
-    return [{"what": "generate", "name": f"one picture, {px} px, {SAMPLING_STEPS} steps", "px": px} | timed | {"decode_seconds": decoding} | memory(device)]
+def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a picture and milliseconds between two LoRAs, ours beside diffusers' pipeline."""
+    bench = Bench(family, device, random_conditioning(size, base_dtype(device)), folder, STEPS if device.type == "cuda" else 2)
+    bench.write_loras()
+    if device.type == "cpu":
+        pictures, kinds = in_turns(bench, CPU_ARMS, 1), {"merged": Settings(), "beside the weights": Settings(mixed=True)}
+    else:
+        pictures = one_by_one(bench, GPU_ARMS, rounds)
+        kinds = {"merged": Settings(precision="bf16"), "fast, merged": Settings(fast=True), "fast, beside the weights": Settings(fast=True, mixed=True)}
+    changes = {"FluxPipeline": plain_swaps(bench)}
+    for name, settings in kinds.items():
+        forget(device)
+        changes[name] = swaps(bench, settings)
+    return {"pictures": pictures, "swaps": changes}
 
 
 def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
@@ -228,7 +208,7 @@ def check(what: str, steps: int, size: Size, device: torch.device) -> dict[str, 
         for i, case in enumerate(tqdm([case for part in parts for case in cases(part, size)], desc="trainings", disable=not parts)):
             record["rows"].append(time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate))
         if what in ("generate", "all"):
-            record["rows"] += time_generating(family, size, device, rate)
+            record["generating"] = time_generating(family, size, device, Path(folder), min(steps, 3))
     return record
 
 
@@ -236,17 +216,18 @@ def table(record: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     lines = [f"{record['model']} on {record['gpu'] or 'the CPU'}; GEMM {record['gemm_tflop_per_second']:.3g} TFLOP/s", ""]
     lines += [
-        "| | plan | seconds | p10-p90 | decoding, s | TFLOP/s | MFU | peak allocated / reserved, GB | estimate, GB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | plan | seconds | p10-p90 | TFLOP/s | MFU | peak allocated / reserved, GB | estimate, GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in record["rows"]:
         spread = f"{r['p10_seconds']:.3f}-{r['p90_seconds']:.3f}" if "p10_seconds" in r else ""
-        decoding = f"{r['decode_seconds']:.3f}" if "decode_seconds" in r else ""
         peaks = f"{r['peak_allocated_gb']} / {r['peak_reserved_gb']}" if "peak_allocated_gb" in r else ""
-        timed = f"{r['seconds']:.3f} | {spread} | {decoding} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%}" if "seconds" in r else " | | | | "
+        timed = f"{r['seconds']:.3f} | {spread} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%}" if "seconds" in r else " | | | "
         plan = f"{r.get('plan') or r.get('refused', '')}{': out of memory' if 'out_of_memory' in r else ''}"
         expected = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""
         lines.append(f"| {r['name']} | {plan} | {timed} | {peaks} | {expected} |")
+    if "generating" in record:
+        lines += ["", generating_table(record["generating"])]
     return "\n".join(lines)
 
 

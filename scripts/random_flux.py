@@ -16,6 +16,10 @@ POOL = 2**23 + 9
 """How many random numbers are drawn; no divisor of a width, so that no two rows are alike."""
 SCHEDULER = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
+CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768, "vocab_size": 49408}
+T5 = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+"""Those of FLUX.1-dev's text encoders that say how large they are: they take room in a plan, and are never made."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -108,6 +112,7 @@ def write_model(folder: Path, size: Size) -> RandomFlux:
     files = {"model_index.json": {"_class_name": "FluxPipeline"}, "scheduler/scheduler_config.json": SCHEDULER}
     files |= {"transformer/config.json": {"_class_name": "FluxTransformer2DModel"} | size.transformer, "vae/config.json": size.vae}
     files |= {"tokenizer_2/tokenizer_config.json": {"model_max_length": size.text_tokens}}
+    files |= {"text_encoder/config.json": CLIP, "text_encoder_2/config.json": T5 | {"d_model": size.transformer["joint_attention_dim"]}}
     for name, value in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value), encoding="utf-8")

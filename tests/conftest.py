@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from lora_server import LoraServer
+from lora_stores import new_store
 
+from infer.loras import LoraStore
 from lorabooth import consent, mini
 from lorabooth.cli import main
 from lorabooth.mini import people
@@ -77,3 +80,24 @@ def tiny_run(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main([*tiny_command, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoraServer]:
+    """A web server on this machine, reached without a proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with LoraServer() as running:
+        yield running
+
+
+@pytest.fixture
+def notices() -> list[str]:
+    """What a store has told its user."""
+    return []
+
+
+@pytest.fixture
+def store(site: LoraServer, tmp_path: Path, notices: list[str]) -> LoraStore:
+    """An empty store that takes the site for CivitAI."""
+    return new_store(site, tmp_path, notices)

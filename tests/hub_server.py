@@ -72,7 +72,7 @@ class Repository:
         for name, file in self.files.items():
             row: dict[str, Any] = {"type": "file", "path": name, "size": len(file.data), "oid": file.id}
             if file.is_lfs:
-                row["lfs"] = {"oid": file.id, "size": len(file.data), "pointerSize": 130}
+                row["lfs"] = {"oid": file.id, "sha256": file.id, "size": len(file.data), "pointerSize": 130}
             rows.append(row)
         return rows
 
@@ -151,7 +151,9 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in ("main", repository.commit):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if kind == "revision":
-            return self._json({"id": match.group(1), "sha": repository.commit, "gated": repository.gated, "private": False, "tags": []})
+            siblings = [row | {"rfilename": row["path"]} for row in repository.tree()] if "blobs=" in self.path else []
+            info = {"id": match.group(1), "sha": repository.commit, "gated": repository.gated, "private": False, "tags": [], "siblings": siblings}
+            return self._json(info)
         if kind == "tree":
             return self._json(repository.tree())
         if repository.gated:

@@ -98,7 +98,7 @@ def test_parameters_are_where_other_programs_look_for_them(tmp_path: Path):
         with Image.open(file) as image:
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
             text = image.info["parameters"] if form == "png" else comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
-        assert text.startswith("a café, 漢字 🙂\nSteps: 2, Sampler: Euler,") and "Seed: 7, Size: 64x64" in text
+        assert text.startswith("a café, 漢字 🙂\nNegative prompt: \nSteps: 2, Sampler: Euler,") and "Seed: 7, Size: 64x64" in text
 
 
 def test_a_picture_of_others_has_no_record(tmp_path: Path):
