@@ -30,7 +30,7 @@ PERSON_PX = 56
 STRENGTHS = ("subtle", "normal", "strong", "0.95")
 KINDS = ("vague", "stranger")
 ROWS = {"vague": 2, "stranger": 1}
-"""In the picture: the first scenes of a kind, as they come."""
+"""In the picture: the first scenes of a kind in which the finder found somebody."""
 BLUR_PX = 28
 """To which a vague figure is reduced before it is enlarged again."""
 BETWEEN_PX = 12
@@ -177,7 +177,7 @@ def main() -> None:
             results[name][kind], after = measure(name, a.runs / name, scenes, engine)
             print(name, kind, json.dumps(results[name][kind]), flush=True)
             if name == a.people[0]:
-                rows += list(zip(scenes, after, strict=True))[: ROWS[kind]]
+                rows += [(one, new) for one, new in zip(scenes, after, strict=True) if one.spots][: ROWS[kind]]
     a.picture.parent.mkdir(parents=True, exist_ok=True)
     page = sheet([one for one, _ in rows], [after for _, after in rows], people.photos(a.people[0], TRIGGER)[0].image())
     page.quantize(256).save(a.picture, optimize=True)

@@ -56,3 +56,8 @@ def test_drawn_people_are_found_where_they_are():
 @pytest.mark.parametrize("picture", [scene(), Image.new("RGB", (128, 128), "#FFDBB4"), Image.new("RGB", (16, 16))], ids=["landscape", "skin", "tiny"])
 def test_nobody_is_found_where_nobody_is(picture: Image.Image):
     assert finder.find(picture) == []
+
+
+def test_a_portrait_is_found_whole():
+    portrait = people.new_scenes("ada", "TOK", 1)[0].image()
+    assert [frame.box for frame in finder.find(portrait)] == [(0, 0, 128, 128)]

@@ -75,7 +75,9 @@ class Frame:
 def find(picture: Image.Image) -> list[Frame]:
     """The drawn people in an RGB picture, the largest first."""
     people: list[tuple[float, Frame]] = []
-    for frame in _candidates(picture):
+    # First the place where the mini model draws its portraits, in the middle at the bottom.
+    size = min(picture.size)
+    for frame in (Frame((picture.width - size) / 2, picture.height - size, size), *_candidates(picture)):
         if any(left < SURE and other.holds(frame) for left, other in people):
             continue
         if found := _checked(picture, frame):
