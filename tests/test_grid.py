@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from infer import columns, grid_page, picture
 from infer.columns import weights_of
-from infer.engine import Engine
+from infer.engine import Engine, Output
 from infer.grid import Grid
 from infer.loras import LoraChoice, resolve
 from infer.request import Request
@@ -89,15 +90,15 @@ def test_what_is_made_is_kept_unless_it_is_damaged_or_made_otherwise(tiny_run: P
 
 def test_an_interrupted_grid_goes_on(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list):
     command = ["grid", "TOK", "TOK, smiling", "--lora", str(tiny_run), "--weights", "1", *FAST, "--out", str(tmp_path)]
-    write = picture.write
+    draw = Engine.make
     with monkeypatch.context() as patch:
 
-        def stops(*arguments: object) -> None:
+        def stops(*arguments: Any) -> list[Output]:
             if len(made) == 3:
                 raise KeyboardInterrupt
-            write(*arguments)  # type: ignore[arg-type]
+            return draw(*arguments)
 
-        patch.setattr(picture, "write", stops)
+        patch.setattr(Engine, "make", stops)
         assert main(command) == 130
     made.clear()
     assert main(command) == 0
