@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from scripts.bench_generate import table as generating_table
+
 RESULTS = Path("benchmarks/results")
 
 
@@ -69,7 +71,8 @@ def main() -> None:
     mini, likeness = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("mini", "likeness"))
     insert(Path("README.md"), {"summary": summary_table(mini, likeness)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
-    insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness)})
+    generated = generating_table(json.loads((RESULTS / "generate.json").read_text(encoding="utf-8")))
+    insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), "generate": generated})
 
 
 if __name__ == "__main__":
