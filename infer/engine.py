@@ -4,6 +4,8 @@ A picture depends on its request and its seed alone: not on what was made before
 in fp32 that holds to the bit; on a GPU batches of other sizes are rounded differently, by at most a few levels of 255.
 """
 
+import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +83,8 @@ class Engine:
         check_gpu(self.family.native_px, self.family.model)
         self.device = compute_device()
         self.dtype = base_dtype(self.device)
-        self.base = Base(self.family, plan or plans(self.family, settings, self.device)[0].plan, self.device, self.dtype, settings.fast, settings.cache)
+        first, *self._lighter = [plan] if plan else [one.plan for one in plans(self.family, settings, self.device)]
+        self.base = self._base(first)
         self.adapters = Adapters(self.family, self.device, self.dtype)
 
     def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None, watch: Watch | None = None) -> Iterator[Output]:
@@ -125,7 +128,36 @@ class Engine:
         self.base.prompts.release()
 
     def make(self, pieces: list[Piece], progress: sampling.Progress | None = None) -> list[Output]:
-        """One batch of pictures of one size, of as many steps, and with as much of a picture to start from."""
+        """One batch of pictures of one size, of as many steps, and with as much of a picture to start from.
+
+        Where the GPU's memory runs out, the base is loaded anew by the next lighter plan; a UserError where there is none.
+        """
+        while True:
+            try:
+                return self._make(pieces, progress)
+            except torch.OutOfMemoryError:
+                self._lighten()
+
+    def _base(self, plan: ServingPlan) -> Base:
+        return Base(self.family, plan, self.device, self.dtype, self.settings.fast, self.settings.cache)
+
+    def _lighten(self) -> None:
+        """Take the next plan; called when the exception's frames, and what they held of the GPU, are gone."""
+        failed = self.base.plan
+        if not self._lighter:
+            raise UserError(
+                f"the GPU's memory ran out, and no plan is lighter than: {failed}",
+                hint="make smaller pictures (--megapixels 0.25, --batch 1), or stop other programs on this GPU",
+            )
+        plan = self._lighter.pop(0)
+        print(f"note: the GPU's memory ran out with: {failed}; going on with: {plan}", file=sys.stderr)
+        del self.base
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.base = self._base(plan)
+
+    def _make(self, pieces: list[Piece], progress: sampling.Progress | None) -> list[Output]:
         first = pieces[0].request
         weighted = self._additions(pieces)
         conditioning = _batch([self.base.prompts.encode(piece.request.prompt, clip) for piece, (_, clip) in zip(pieces, weighted, strict=True)])

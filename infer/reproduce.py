@@ -1,6 +1,7 @@
 """`lorabooth reproduce`: a picture is made again from what is written in it."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,8 @@ from lorabooth.runs import write_durable
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BYTES_LIMIT = 200_000_000
 LORAS_LIMIT = 32
+KNOWN = "black-forest-labs/"
+"""Whose base models a picture may have loaded. What else it names could be anybody's, and has to be confirmed."""
 RUNS = "runs/*/lora.safetensors"
 
 
@@ -131,6 +134,9 @@ def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask:
     )  # fmt: skip
     if record.lorabooth != __version__:
         click.echo(f"note: made by lorabooth {record.lorabooth}, this is {__version__}; the picture may differ", err=True)
+    if not model and record.model != "mini" and not record.model.startswith(KNOWN):
+        base = record.model if re.fullmatch(r"[\w./-]{1,100}", record.model) else "NAME"
+        raise UserError(f"this picture says that it was made with the base model {base}", hint=f"if you want that one loaded, say so: --model {base}")
     engine = Engine(model or record.model, Settings(precision="auto" if record.precision == "fp32" else record.precision or "auto", cache=record.cache))
     with tqdm(total=record.num_inference_steps, desc="reproduce", unit="step") as bar:
 

@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 
 from infer import engine as engine_module
 from infer import live
+from infer.base import Base
 from infer.engine import Engine, Piece, Settings, fitted, plans
 from infer.glimpse import Glimpse
+from infer.live import Weighted
 from infer.loras import LoraChoice
 from infer.plan import ServingPlan, candidates, choose
 from infer.request import Request, Source
@@ -360,3 +362,21 @@ def test_prompts_are_read_together_where_the_encoders_do_not_stay(monkeypatch: p
     requests = [request(prompt=f"a person in {place}", negative_prompt="rain", true_cfg_scale=2) for place in ("a park", "a kitchen")]
     other.read(requests)
     assert [pixels(other, prompt=one.prompt).shape for one in requests] and len(loads) == 1
+
+
+def test_where_memory_runs_out_the_next_lighter_plan_makes_the_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    other = Engine("mini", plan=ServingPlan("fp32"))
+    other._lighter = [ServingPlan("fp32", swapped=2, loras="stacked"), ServingPlan("int8", loras="stacked")]
+    real = Base.transformer
+
+    def runs_out(base: Base, loras: list[tuple[Weighted, ...]]) -> FluxTransformer2DModel:
+        if not base.plan.swapped:
+            raise torch.OutOfMemoryError("no more")
+        return real(base, loras)
+
+    monkeypatch.setattr(Base, "transformer", runs_out)
+    assert np.array_equal(pixels(other), pixels(Engine("mini", Settings(swapped=2))))
+    assert capsys.readouterr().err.count("note: the GPU's memory ran out with: base fp32") == 1 and other.base.plan.swapped == 2
+    monkeypatch.setattr(Base, "transformer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+    with pytest.raises(UserError, match="the GPU's memory ran out, and no plan is lighter than: base int8"):
+        pixels(other)

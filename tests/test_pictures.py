@@ -206,7 +206,8 @@ def test_a_changed_picture_is_not_called_the_same(tmp_path: Path, capsys: pytest
 
 BAD: list[Any] = [
     {}, [], "text", {"prompt": "x"}, {"width": "64"}, {"width": 10**40}, {"seed": -1}, {"seed": 1.5}, {"loras": [{"name": "a", "sha256": "../x", "weight": 1}]},
-    {"loras": [{"name": "a", "sha256": "0" * 64, "weight": 1e9}]}, {"model": "../../etc"}, {"model": "\x1b[31m"}, {"prompt": ""}, {"prompt": "x" * 4000},
+    {"loras": [{"name": "a", "sha256": "0" * 64, "weight": 1e9}]}, {"model": "../../etc"},
+    {"model": "somebody/flux"}, {"model": "\x1b[31m"}, {"prompt": ""}, {"prompt": "x" * 4000},
     {"num_inference_steps": 10**9}, {"guidance_scale": 1e999}, {"detail": {"strength": "huge", "prompt": None, "faces": []}}, {"cache": 3},
     {"precision": "fp1"},
     {"true_cfg_scale": 0}, {"output_quality": 101}, {"loras": [{"name": "\n" * 400, "sha256": "0" * 64, "weight": 1}]}, {"source": {"sha256": "0" * 64}},
