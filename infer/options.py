@@ -125,7 +125,7 @@ def engine_options(command: Command) -> Command:
         click.option("--blocks-to-swap", "swapped", type=click.IntRange(0), help="Blocks that live in host memory. [default: as many as must]"),
         click.option("--batch", type=click.IntRange(1, 16), default=1, show_default=True, help="Pictures made at once; faster for small ones."),
         click.option("--plan", "show_plan", is_flag=True, help="Print how it fits the GPU, and end."),
-        click.option("--vram-gb", type=float, help="The same for a GPU with this much free memory."),
+        click.option("--vram-gb", type=click.FloatRange(0, min_open=True), help="The same for a GPU with this much free memory."),
     )  # fmt: skip
 
 
