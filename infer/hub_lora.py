@@ -8,6 +8,7 @@ from infer.download import too_large
 from infer.references import HubReference
 from lorabooth import hub
 from lorabooth.errors import UserError
+from lorabooth.lowrank import ADAPTER_CONFIG, ADAPTER_MODEL
 from lorabooth.runs import sha256_file
 
 REQUEST_SECONDS = 30
@@ -63,6 +64,9 @@ def _fetch(reference: HubReference, limit_bytes: int) -> Path:
     with _asking(reference):
         # By the name of the revision and not by its commit: only then does the cache know that name offline.
         path = Path(hf_hub_download(repository, name, revision=revision))
+        description = str(PurePosixPath(name).with_name(ADAPTER_CONFIG))
+        if path.name == ADAPTER_MODEL and description in files:  # where PEFT keeps the strength
+            hf_hub_download(repository, description, revision=revision)
     lfs = files[name].lfs
     if not had and lfs is not None and lfs.sha256 and sha256_file(path) != lfs.sha256:
         path.resolve().unlink()

@@ -27,6 +27,8 @@ KINDS = {
     "magnitude": r"lora_magnitude_vector(\.\w+)*|dora_scale",
 }
 """Ends of the names of tensors, after the layer's name and a point."""
+ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""What PEFT's `save_pretrained` writes."""
 OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon with a middle", "glora": "GLoRA"}
 MISSING_SHARE = 0.1
 """A file of which more of the layers are missing in the base was made for another model."""
@@ -146,12 +148,12 @@ def _damaged_alpha(file: LoraFile, name: str) -> float:
 
 def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
     """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
-    beside = file.path.parent / "adapter_config.json"
+    beside = file.path.parent / ADAPTER_CONFIG
     try:
         if text := file.metadata.get("lora_adapter_metadata"):
             part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
             return {key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)}
-        if file.path.name == "adapter_model.safetensors" and beside.exists():
+        if file.path.name == ADAPTER_MODEL and beside.exists():
             config: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
             return config
     except (ValueError, AttributeError) as error:

@@ -22,7 +22,8 @@ def answer(reference):
     os.environ["HF_TOKEN"] = token
     try:
         file = store.resolve(reference).file
-        return {"trigger": file.trigger_word, "sha256": file.sha256, "name": file.name}
+        described = (file.path.parent / "adapter_config.json").exists()
+        return {"trigger": file.trigger_word, "sha256": file.sha256, "name": file.name, "described": described}
     except UserError as error:
         return {"message": error.message, "hint": error.hint}
 
@@ -72,6 +73,14 @@ def test_every_way_to_name_a_lora_of_the_hub(server: HubServer, tmp_path: Path):
     assert "has no repository someone/none" in none["message"] and "hf auth login" in none["hint"]
     assert sorted(server.downloads("someone/one")) == [inner, top], "each file is downloaded once"
     assert notices == {"notices": []}
+
+
+def test_what_peft_saved_comes_with_its_description(server: HubServer, tmp_path: Path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    server.repositories["someone/peft"] = repository(tmp_path / "peft", "adapter_model.safetensors")
+    [found, _] = client(server, tmp_path / "home", PROGRAM, "someone/peft")
+    assert found["described"] and sorted(server.downloads("someone/peft")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_private_or_gated_lora_needs_the_hubs_own_token(server: HubServer, tmp_path: Path):

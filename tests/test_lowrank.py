@@ -135,6 +135,33 @@ def test_layers_outside_the_blocks_too(pairs: Pairs, engine: Engine, tmp_path: P
     assert np.abs(made - merged_by_hand(changes)).max() <= 1 and np.abs(made - pixels(engine)).max() > 2
 
 
+def test_the_part_for_clip_by_every_name(pairs: Pairs, engine: Engine, tmp_path: Path):
+    generator = torch.Generator().manual_seed(4)
+    names = {name: (torch.randn(2, size[1], generator=generator), torch.randn(size[0], 2, generator=generator)) for name, size in CLIP.sizes.items()}
+    diffusers = {f"text_encoder.text_model.{name}.lora_{side}.weight": t for name, both in names.items() for side, t in zip("AB", both, strict=True)}
+    kohya = {
+        f"lora_te1_text_model_{name.replace('.', '_')}.lora_{side}.weight": t
+        for name, both in names.items()
+        for side, t in zip(("down", "up"), both, strict=True)
+    }
+    kohya |= {f"lora_te1_text_model_{name.replace('.', '_')}.alpha": torch.tensor(2.0) for name in names}
+    first, second = (read(formats.write(tmp_path / f"{i}.safetensors", tensors)) for i, tensors in enumerate((diffusers, kohya)))
+    assert first.clip.keys() == second.clip.keys() == CLIP.sizes.keys() and not first.transformer and not first.left_out + second.left_out
+    for name, (down, up) in names.items():
+        for found in (first, second):
+            assert_close(found.clip[name].up @ found.clip[name].down, up @ down)
+    assert np.abs(pixels(engine, tmp_path / "0.safetensors") - pixels(engine)).max() > 2
+    assert np.array_equal(pixels(engine, tmp_path / "0.safetensors"), pixels(engine, tmp_path / "1.safetensors"))
+
+
+def test_the_scales_of_a_dora_on_a_fused_layer_are_shared_out(tmp_path: Path):
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = one_layer(name, up=(672, 2)) | {f"{name}.dora_scale": torch.arange(672.0)[:, None]}
+    found = read(formats.write(tmp_path / "x.safetensors", tensors)).transformer
+    for i, x in enumerate("qkv"):
+        assert torch.equal(found[f"transformer_blocks.0.attn.to_{x}"].magnitude, torch.arange(224.0 * i, 224.0 * (i + 1)))  # type: ignore[arg-type]
+
+
 def test_what_has_no_place_is_listed_by_name(pairs: Pairs, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     formats.diffusers(tmp_path / "x.safetensors", pairs)
     t5 = {f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
