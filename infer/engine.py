@@ -18,7 +18,7 @@ from infer.adapters import Adapters
 from infer.base import Base
 from infer.live import Weighted
 from infer.loras import LoraChoice
-from infer.plan import Estimate, Needs, ServingPlan, choose, estimate
+from infer.plan import Needs, ServingPlan, choose, estimate
 from infer.request import Request, Source
 from lorabooth import sampling
 from lorabooth.device import base_dtype, check_gpu, compute_device
@@ -27,7 +27,7 @@ from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
 from lorabooth.machine import memory_bytes
 from lorabooth.quantized import multiplies_fp8
-from lorabooth.sizes import BaseSizes
+from lorabooth.sizes import BaseSizes, Estimate
 from lorabooth.speed import Speed, measured
 
 HOST_SHARE = 0.8
@@ -195,7 +195,7 @@ class Engine:
         return sampling.Known(latents, sources[0].prompt_strength, torch.cat(masks) if masks else None)
 
 
-def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None) -> list[Estimate]:
+def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None) -> list[Estimate[ServingPlan]]:
     """The plan for this machine, or for a GPU with so much free, and lighter ones after it. On a CPU there is nothing to fit: what is asked for, in fp32."""
     on_gpu = device.type == "cuda" or gpu_bytes is not None
     needs = needs_of(family, settings, 2 if on_gpu else 4)

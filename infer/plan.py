@@ -6,7 +6,7 @@ from itertools import product
 
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import VAE_SCALE
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
 STEPS = 28
@@ -60,22 +60,7 @@ class Needs:
     fast: bool = False
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A plan with what it takes: bytes on the GPU by item, bytes in host memory, seconds for a picture of 28 steps with a new prompt."""
-
-    plan: ServingPlan
-    items: dict[str, float]
-    host_bytes: float
-    seconds: float
-
-    @property
-    def bytes(self) -> float:
-        """All items together."""
-        return sum(self.items.values())
-
-
-def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate:
+def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingPlan]:
     """What a plan takes of the GPU, of the host, and of time."""
     sizes, each, wide = needs.sizes, BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     blocks = [block + sizes.modulation / len(sizes.blocks) for block in sizes.blocks]
@@ -130,7 +115,7 @@ def candidates(needs: Needs, precision: str = "auto", swapped: int | None = None
         yield ServingPlan(chosen, k, loras, kept, encoders, tiled)
 
 
-def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, precision: str = "auto", swapped: int | None = None) -> list[Estimate]:
+def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, precision: str = "auto", swapped: int | None = None) -> list[Estimate[ServingPlan]]:
     """The fastest plan that fits, and after it those that take less memory; a UserError that says what is missing.
 
     nf4 comes last, for it alone loses exactness that shows.
@@ -145,27 +130,19 @@ def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, prec
             hint="make smaller pictures (--megapixels 0.25), leave --precision at auto, or stop other programs on this GPU (nvidia-smi lists them)",
         )
 
-    def rank(e: Estimate) -> tuple[object, ...]:
+    def rank(e: Estimate[ServingPlan]) -> tuple[object, ...]:
         plan = e.plan
         exact = BEST_FIRST.index(plan.precision), plan.tiled
         return plan.precision == "nf4", round(e.seconds, 2), *exact, plan.loras, plan.untouched_on, ENCODERS.index(plan.encoders), plan.swapped, e.bytes
 
     found.sort(key=rank)
-    lighter = found[:1]
-    for candidate in found[1:]:
-        if candidate.bytes < 0.93 * lighter[-1].bytes:
-            lighter.append(candidate)
-    return lighter
+    return steps_down(found)
 
 
-def table(estimates: list[Estimate], speed: Speed) -> str:
+def table(estimates: list[Estimate[ServingPlan]], speed: Speed) -> str:
     """The first plan in full and the next cheaper one, as text."""
     best = estimates[0]
-    lines = [f"plan: {best.plan}", ""]
-    lines += [f"  {name:<22}{size / GB:6.1f} GB" for name, size in best.items.items() if size >= 0.05 * GB]
-    lines += [f"  {'together':<22}{best.bytes / GB:6.1f} GB on the GPU, {best.host_bytes / GB:.1f} GB in host memory"]
+    lines = best.table()
     lines += ["", f"time: about {best.seconds:.1f} s for a picture of {STEPS} steps on {speed.name}"]
-    if len(estimates) > 1:
-        other = estimates[1]
-        lines += [f"next cheaper: {other.plan}: {other.bytes / GB:.1f} GB, {other.seconds / best.seconds:.2f} times as long"]
+    lines += cheaper(estimates)
     return "\n".join(lines)

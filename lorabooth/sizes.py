@@ -5,7 +5,7 @@ All sizes are bytes of 10**9 to the GB.
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 from torch import nn
 
@@ -51,6 +51,45 @@ class BaseSizes:
             rest=total - modulation - sum(map(sum, counts)),
             text_tokens=text_tokens,
         )
+
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True)
+class Estimate(Generic[Plan]):
+    """A plan with what it takes: bytes on the GPU by item, bytes in the host's memory, seconds for a unit of its work."""
+
+    plan: Plan
+    items: dict[str, float]
+    host_bytes: float
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """All items together."""
+        return sum(self.items.values())
+
+    def table(self) -> list[str]:
+        """The plan and its items, line by line."""
+        lines = [f"plan: {self.plan}", ""]
+        lines += [f"  {name:<22}{size / GB:6.1f} GB" for name, size in self.items.items() if size >= 0.05 * GB]
+        return [*lines, f"  {'together':<22}{self.bytes / GB:6.1f} GB on the GPU, {self.host_bytes / GB:.1f} GB in host memory"]
+
+
+def steps_down(found: list[Estimate[Plan]]) -> list[Estimate[Plan]]:
+    """The first of several, and after it those that take clearly less than the one before, in their order."""
+    lighter = found[:1]
+    for candidate in found[1:]:
+        if candidate.bytes < 0.93 * lighter[-1].bytes:
+            lighter.append(candidate)
+    return lighter
+
+
+def cheaper(estimates: list[Estimate[Plan]]) -> list[str]:
+    """A line on the plan after the first, where there is one."""
+    best, *others = estimates
+    return [f"next cheaper: {other.plan}: {other.bytes / GB:.1f} GB, {other.seconds / best.seconds:.2f} times as long" for other in others[:1]]
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:

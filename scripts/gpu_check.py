@@ -33,6 +33,7 @@ from lorabooth.families.flux1 import Flux1
 from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
+from lorabooth.sizes import Estimate
 from lorabooth.speed import measured
 from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
 from scripts.bench_generate import table as generating_table
@@ -40,7 +41,7 @@ from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_mode
 from train import fit
 from train.compiled import compile_blocks, wanted
 from train.data import EMPTY, TRIGGER_ONLY, items, stem, text_name
-from train.plan import Estimate, MemoryPlan, choose
+from train.plan import MemoryPlan, choose
 from train.planning import HOST_SHARE, plans_for, shapes_of
 
 WARM_UP_STEPS = 5
@@ -101,7 +102,7 @@ def write_run(folder: Path, family: Flux1, size: Size, dtype: torch.dtype, case:
     return run
 
 
-def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: int | None) -> Estimate:
+def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: int | None) -> Estimate[MemoryPlan]:
     """The plan that training would take, on this GPU or on a smaller card."""
     if card_gib is None:
         return plans_for(config, family, device)[0]

@@ -15,7 +15,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.lora import LoraSpec
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
 SAVED = {"attention": ((15.2, 4), (14.1, 3)), "attention+ff": ((20.2, 6), (19.1, 5)), "all-linear": ((24.2, 6), (21.0, 5))}
@@ -64,22 +64,7 @@ class Shapes(BaseSizes):
         return cls(**vars(BaseSizes.count(transformer, text_tokens)), lora=sum(spec.rank * (m.in_features + m.out_features) for m in chosen))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A plan with what it takes: bytes on the GPU by item, bytes in the host's memory, seconds a step (the mean over the resolutions)."""
-
-    plan: MemoryPlan
-    items: dict[str, float]
-    host_bytes: float
-    seconds: float
-
-    @property
-    def bytes(self) -> float:
-        """All items together."""
-        return sum(self.items.values())
-
-
-def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed) -> Estimate:
+def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed) -> Estimate[MemoryPlan]:
     """What a plan takes for the largest picture of the recipe, and its mean time over all of them."""
     each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     count = len(shapes.blocks)
@@ -172,27 +157,23 @@ def candidates(shapes: Shapes, config: TrainConfig, shards: int = 1) -> Iterator
         yield MemoryPlan(precision, k, s, m, shards)
 
 
-def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate]:
+def fitting(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate[MemoryPlan]]:
     """The plans that fit, the fastest first. nf4 comes last, for it alone loses exactness that shows."""
     found = [estimate(plan, shapes, config, speed) for plan in candidates(shapes, config, shards)]
     found = [e for e in found if e.bytes <= gpu_bytes and e.host_bytes <= host_bytes]
 
-    def rank(e: Estimate) -> tuple[object, ...]:
+    def rank(e: Estimate[MemoryPlan]) -> tuple[object, ...]:
         return e.plan.precision == "nf4", round(e.seconds, 4), BEST_FIRST.index(e.plan.precision), e.plan.precomputed, e.plan.swapped, e.bytes
 
     return sorted(found, key=rank)
 
 
-def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate]:
+def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int = 1) -> list[Estimate[MemoryPlan]]:
     """The fastest plan that fits, and after it those that take less memory, each the fastest of its kind; a UserError that says what would fit."""
     found = fitting(shapes, config, speed, gpu_bytes, host_bytes, shards)
     if not found:
         raise _does_not_fit(shapes, config, speed, gpu_bytes, host_bytes, shards)
-    lighter = found[:1]
-    for candidate in found[1:]:
-        if candidate.bytes < 0.93 * lighter[-1].bytes:
-            lighter.append(candidate)
-    return lighter
+    return steps_down(found)
 
 
 def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int) -> UserError:
@@ -216,22 +197,18 @@ def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: 
     return UserError(f"this training needs {least.bytes / GB:.1f} GB of GPU memory{host} at least, and {gpu_bytes / GB:.1f} GB are free", hint=hint)
 
 
-def next_lighter(plan: MemoryPlan, estimates: list[Estimate]) -> MemoryPlan | None:
+def next_lighter(plan: MemoryPlan, estimates: list[Estimate[MemoryPlan]]) -> MemoryPlan | None:
     """The plan to try after `plan` ran out of memory; None where there is none."""
     plans = [e.plan for e in estimates]
     place = plans.index(plan) if plan in plans else -1
     return plans[place + 1] if place + 1 < len(plans) else None
 
 
-def table(estimates: list[Estimate], config: TrainConfig, speed: Speed) -> str:
+def table(estimates: list[Estimate[MemoryPlan]], config: TrainConfig, speed: Speed) -> str:
     """The first plan in full and the next cheaper one, as text."""
     best = estimates[0]
-    lines = [f"plan: {best.plan}", ""]
-    lines += [f"  {name:<22}{size / GB:6.1f} GB" for name, size in best.items.items() if size >= 0.05 * GB]
-    lines += [f"  {'together':<22}{best.bytes / GB:6.1f} GB on the GPU, {best.host_bytes / GB:.1f} GB in host memory"]
+    lines = best.table()
     total = best.seconds * config.steps
     lines += ["", f"time: about {best.seconds:.2f} s a step, {total / 60:.0f} minutes for {config.steps} steps on {speed.name}"]
-    if len(estimates) > 1:
-        other = estimates[1]
-        lines += [f"next cheaper: {other.plan}: {other.bytes / GB:.1f} GB, {other.seconds / best.seconds:.2f} times as long"]
+    lines += cheaper(estimates)
     return "\n".join(lines)

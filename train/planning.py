@@ -8,14 +8,15 @@ from lorabooth.config import TrainConfig
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.machine import memory_bytes
+from lorabooth.sizes import Estimate
 from lorabooth.speed import Speed, measured
-from train.plan import Estimate, MemoryPlan, Shapes, choose, estimate
+from train.plan import MemoryPlan, Shapes, choose, estimate
 
 HOST_SHARE = 0.8
 """How much of the host's free memory pinned weights may take; the operating system needs the rest."""
 
 
-def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: int = 1) -> list[Estimate]:
+def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: int = 1) -> list[Estimate[MemoryPlan]]:
     """The plan for this device, and lighter ones after it. On a CPU there is nothing to fit: what the recipe asks for, in fp32.
 
     shards: how many processes divide the base among them.
