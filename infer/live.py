@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabooth.lowrank import LowRank
+from lorabooth.pinned import PinnedMemory
 from lorabooth.quantized import QuantizedLinear
 
 
@@ -27,14 +28,18 @@ class Weighted:
 class LiveWeights:
     """The linears of a model whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host.
 
-    untouched: the weights of those linears that are stored in 8 bits, as they were before; others are copied when they are first changed.
+    untouched: the weights of those linears that are stored in 8 bits, as they were before, taken out of the mapping; others are copied when they are first changed.
     """
 
     def __init__(self, model: nn.Module, keep_on: torch.device, untouched: dict[str, Tensor] | None = None):
         self.keep_on = keep_on
         self.applied: tuple[Weighted, ...] = ()
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._untouched = {name: self._kept(weight) for name, weight in (untouched or {}).items()}
+        self._host = PinnedMemory(pin=torch.cuda.is_available())
+        self._untouched: dict[str, Tensor] = {}
+        while untouched:  # taken out one by one: two copies of a base would fill the host's memory
+            name, weight = untouched.popitem()
+            self._untouched[name] = self._kept(weight)
         self._changed: set[str] = set()
 
     @torch.no_grad()
@@ -53,7 +58,7 @@ class LiveWeights:
             linear = self._linears[module]
             live = linear.weight
             if module not in self._untouched:
-                self._untouched[module] = self._kept(live.detach(), copy=True)
+                self._untouched[module] = self._kept(live.detach())
             base = self._untouched[module].to(live.device, non_blocking=True)
             if isinstance(linear, QuantizedLinear):
                 whole = torch.empty_like(base)
@@ -63,10 +68,8 @@ class LiveWeights:
                 merge(base, wanted.get(module, []), live.data)
         self._changed, self.applied = set(wanted), loras
 
-    def _kept(self, weight: Tensor, copy: bool = False) -> Tensor:
-        kept = weight.to(self.keep_on, copy=copy)
-        # Pinned memory comes to the GPU several times faster.
-        return kept.pin_memory() if torch.cuda.is_available() and not kept.is_cuda else kept
+    def _kept(self, weight: Tensor) -> Tensor:
+        return self._host.keep(weight) if self.keep_on.type == "cpu" else weight.to(self.keep_on, copy=True)
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-ALIGNED = 256
-"""Bytes at whose multiples tensors begin, as CUDA's allocator has them."""
+from lorabooth.pinned import ALIGNED
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from infer.request import Request, Source
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.pinned import PinnedMemory
 from lorabooth.sizes import GB
 from lorabooth.speed import ASSUMED
 
@@ -146,6 +147,16 @@ def plain(pipe: FluxPipeline, **changes: object) -> np.ndarray:
         PROMPT, width=64, height=64, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=48, generator=torch.Generator().manual_seed(7), **changes
     ).images  # fmt: skip
     return np.asarray(image, dtype=np.int16)
+
+
+def test_pinned_memory_holds_what_was_put_into_it_without_rounding():
+    memory, drawn = PinnedMemory(pin=False, chunk_bytes=4096), torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(shape, generator=drawn).to(dtype) for shape, dtype in (((3, 5), torch.float32), ((30, 30), torch.bfloat16), ((70, 70), torch.float32))
+    ]
+    kept = [memory.keep(tensor) for tensor in tensors] + [memory.keep(tensors[0])]
+    assert all(torch.equal(mine, right) and mine.data_ptr() != right.data_ptr() for mine, right in zip(kept, [*tensors, tensors[0]], strict=True))
+    assert [len(chunk) for chunk in memory.chunks] == [4096, 70 * 70 * 4, 4096]
 
 
 # Several at once
