@@ -28,7 +28,8 @@ class Weighted:
 class LiveWeights:
     """The linears of a model whose weights follow the LoRAs. keep_on: where the untouched weights are kept, a device or the host.
 
-    untouched: the weights of those linears that are stored in 8 bits, as they were before, taken out of the mapping; others are copied when they are first changed.
+    untouched: the weights of those linears that are stored in 8 bits, as they were before, taken out of the mapping; others are
+    copied when they are first changed.
     """
 
     def __init__(self, model: nn.Module, keep_on: torch.device, untouched: dict[str, Tensor] | None = None):
