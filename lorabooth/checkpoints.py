@@ -44,12 +44,12 @@ def file_dtype(config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.model == "mini" else torch.bfloat16
 
 
-def save_as_lora(run: RunDir, folder: Path, file: Path) -> bool:
-    """Write a checkpoint's averaged weights, those that an export would take, as a LoRA file; False where it is damaged or gone."""
+def save_as_lora(run: RunDir, folder: Path, file: Path, raw: bool = False) -> bool:
+    """Write a checkpoint's averaged weights (raw: those without averaging) as a LoRA file; False where it is damaged or gone."""
     if verified(folder) is None:
         return False
     try:
-        weights = load_file(folder / "ema.safetensors")
+        weights = load_file(folder / ("lora.safetensors" if raw else "ema.safetensors"))
     except FileNotFoundError:  # a training that goes on drops its older checkpoints
         return False
     config = run.config

@@ -78,6 +78,10 @@ class Layout:
                 return found
         return ()
 
+    def bfl(self) -> dict[str, tuple[Rows, ...]]:
+        """Black Forest Labs' own names, and what each stands for."""
+        return {name: rows for name, rows in self._foreign() if ".processor." not in name}
+
     @cached_property
     def _names(self) -> dict[str, tuple[Rows, ...]]:
         whole = {name: (Rows(name, (slice(0, outputs),)),) for name, (outputs, _) in self.sizes.items()}

@@ -156,7 +156,7 @@ def save_lora(path: Path, state: dict[str, Tensor], spec: LoraSpec, metadata: di
     """Write a LoRA file durably; `state` as from `tensors`. Metadata values are text."""
     folded = {name: (t * spec.scale if ".lora_B." in name else t).to(dtype).contiguous().cpu() for name, t in state.items()}
     described = _described(state, PREFIX, spec) | (_described(state, CLIP_PREFIX, spec) if any(name.startswith(CLIP_PREFIX) for name in state) else {})
-    write_durable(path, _sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(described), **metadata})))
+    write_durable(path, sorted_header(save(folded, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(described), **metadata})))
 
 
 def _described(state: dict[str, Tensor], prefix: str, spec: LoraSpec) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _described(state: dict[str, Tensor], prefix: str, spec: LoraSpec) -> dict[st
     return {prefix + name: value for name, value in adapter.items()}
 
 
-def _sorted_header(data: bytes) -> bytes:
+def sorted_header(data: bytes) -> bytes:
     """A safetensors file with its metadata in order of name; the library's order is random, and the same LoRA must be the same file."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
