@@ -78,7 +78,9 @@ class Base:
         else:
             self._merged = LiveWeights(transformer, self.device if plan.untouched_on == "gpu" else CPU, untouched)
         if plan.swapped:
-            BlockSwap(blocks_of(transformer)[-plan.swapped :], self.device)
+            swap = BlockSwap(blocks_of(transformer)[-plan.swapped :], self.device)
+            assert self._stacked, "blocks that come and go cannot have LoRAs merged into them"
+            self._stacked.before_reading = swap.settle
         return transformer
 
     def _make_fast(self, transformer: FluxTransformer2DModel) -> None:

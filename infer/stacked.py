@@ -5,6 +5,7 @@ its kernel): two batched products that take the place of each picture by index. 
 stored in 8 or 4 bits can have LoRAs too. It costs a share of every step, where merged weights cost nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from infer.live import Weighted, gain_of
 from lorabooth.errors import UserError
+from lorabooth.quantized import QuantizedLinear, wide
 
 RANK_STEP = 16
 """Ranks are padded to a multiple of it, so that few shapes are seen."""
@@ -76,6 +78,8 @@ class StackedLoras:
         self.choice = Choice(torch.zeros(1, dtype=torch.long, device=device))
         self.layers: dict[str, StackedLinear] = {}
         self._held: list[tuple[Weighted, ...]] = [()] * places
+        self.before_reading: Callable[[], None] = lambda: None
+        """Called before weights are read, where they are not always in their places."""
         for name, module in list(transformer.named_modules()):
             if isinstance(module, nn.Linear):
                 self.layers[name] = StackedLinear(module, self.choice)
@@ -98,6 +102,7 @@ class StackedLoras:
     def _put(self, place: int, loras: tuple[Weighted, ...]) -> None:
         """Write a set into a place; the place's old one is gone."""
         self._held[place] = ()
+        self.before_reading()
         needed = max((sum(len(lora.layers[name].down) for lora in loras if name in lora.layers) for name in self.layers), default=0)
         self._grow(max(self.rank, -(-needed // RANK_STEP) * RANK_STEP))
         for name, layer in self.layers.items():
@@ -114,7 +119,7 @@ class StackedLoras:
             for low_rank, weight in ours:
                 down, up = low_rank.down.to(self.device, torch.float32), low_rank.up.to(self.device, torch.float32)
                 if low_rank.magnitude is not None:
-                    gain = gain_of(whole_weight(layer.base), low_rank, up @ down)
+                    gain = gain_of(whole_weight(layer.base, self.device), low_rank, up @ down)
                     up = gain[:, None] * up
                     if layer.gain is None:
                         layer.gain = torch.ones(self.places, layer.out_features, device=self.device)
@@ -139,11 +144,14 @@ class StackedLoras:
                 layer.up = torch.cat([layer.up, layer.up.new_zeros(self.places, layer.out_features, added)], 2)
 
 
-def whole_weight(linear: nn.Linear) -> Tensor:
-    """A linear's weight [out, in] in fp32, however it is stored: what it gives for the unit vectors, without its bias."""
-    weight = linear.weight
-    if weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features):
+@torch.no_grad()
+def whole_weight(linear: nn.Linear, device: torch.device) -> Tensor:
+    """A linear's weight [out, in] in fp32 on a device, however it is stored."""
+    weight = linear.weight.to(device)
+    if isinstance(linear, QuantizedLinear):
+        return wide(weight, linear.scale.to(device), torch.float32)
+    if weight.is_floating_point():
         return weight.float()
-    one_hot = torch.eye(linear.in_features, device=weight.device, dtype=torch.bfloat16 if weight.is_cuda else torch.float32)
-    given = cast(Tensor, linear(one_hot)).float()
+    # bitsandbytes' packed bits: what it gives for the unit vectors, without its bias.
+    given = cast(Tensor, linear(torch.eye(linear.in_features, device=device, dtype=torch.bfloat16 if weight.is_cuda else torch.float32))).float()
     return (given if linear.bias is None else given - linear.bias.float()).T

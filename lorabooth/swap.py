@@ -72,6 +72,12 @@ class BlockSwap:
         if 0 <= following < len(self.places):
             self._fetch(following)
 
+    def settle(self) -> None:
+        """Let the blocks' parameters be those in host memory, for somebody who reads them between two passes: the places hold two blocks only."""
+        for places, memory in zip(self.places, self.host, strict=True):
+            for place in places:
+                place.parameter.data = place.view(memory)
+
     def _fetch(self, i: int) -> None:
         """Copy block i to its place, behind the work that was given to the device so far: the block that had the place may still be in use."""
         slot, memory = i % 2, self.host[i]

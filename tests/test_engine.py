@@ -265,6 +265,12 @@ def test_blocks_in_host_memory_make_the_same_picture(swapped: int, engine: Engin
     some = Engine("mini", Settings(swapped=swapped))
     assert np.array_equal(pixels(some), pixels(engine))
     assert distance(pixels(some, loras[0], loras[1]), pixels(engine, loras[0], loras[1])) <= 1
+    assert distance(pixels(some, loras[3]), pixels(engine, loras[3])) <= 1, (
+        "the scales of a DoRA come from the block's own weights, not from what lies in its place"
+    )
+    stored, small = Engine("mini", Settings(swapped=swapped, precision="int8")), Engine("mini", Settings(precision="int8"))
+    for chosen in ((), (loras[3],), (loras[0],)):
+        assert distance(pixels(stored, *chosen), pixels(small, *chosen)) <= 1
 
 
 def test_encoders_kept_elsewhere_and_tiles_change_nothing_that_shows(engine: Engine, loras: list[LoraChoice]):
