@@ -11,16 +11,14 @@ from lorabooth.families.flux1 import Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lowrank import Additions, LowRank, additions
 
-LIMIT_BYTES = 2e9
-"""Of LoRAs that are kept; those used least lately leave first. FLUX.1-dev's of rank 16 have 0.2 GB in bf16."""
 NAMED = 5
 
 
 class Adapters:
-    """LoRA files as additions to one base model."""
+    """LoRA files as additions to one base model. limit_bytes: of those that are kept; the ones used least lately leave first."""
 
-    def __init__(self, family: Flux1, device: torch.device, dtype: torch.dtype):
-        self.family, self.device, self.dtype = family, device, dtype
+    def __init__(self, family: Flux1, device: torch.device, dtype: torch.dtype, limit_bytes: float):
+        self.family, self.device, self.dtype, self.limit_bytes = family, device, dtype, limit_bytes
         self.layout, self.clip = Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip()))
         self._read: OrderedDict[str, Additions] = OrderedDict()
 
@@ -44,7 +42,7 @@ class Adapters:
                 )
             self._read[sha256] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
         self._read.move_to_end(sha256)
-        while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > LIMIT_BYTES:
+        while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > self.limit_bytes:
             self._read.popitem(last=False)
         return self._read[sha256]
 

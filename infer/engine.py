@@ -85,7 +85,7 @@ class Engine:
         self.dtype = base_dtype(self.device)
         first, *self._lighter = [plan] if plan else [one.plan for one in plans(self.family, settings, self.device)]
         self.base = self._base(first)
-        self.adapters = Adapters(self.family, self.device, self.dtype)
+        self.adapters = Adapters(self.family, self.device, self.dtype, first.ready_bytes)
 
     def generate(self, request: Request, loras: tuple[LoraChoice, ...] = (), progress: Progress | None = None, watch: Watch | None = None) -> Iterator[Output]:
         """The pictures of a request, as they are made; output i has seed + i."""
@@ -151,11 +151,12 @@ class Engine:
             )
         plan = self._lighter.pop(0)
         print(f"note: the GPU's memory ran out with: {failed}; going on with: {plan}", file=sys.stderr)
-        del self.base
+        del self.base, self.adapters
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.base = self._base(plan)
+        self.adapters = Adapters(self.family, self.device, self.dtype, plan.ready_bytes)
 
     def _make(self, pieces: list[Piece], progress: sampling.Progress | None) -> list[Output]:
         first = pieces[0].request

@@ -159,6 +159,18 @@ def test_pinned_memory_holds_what_was_put_into_it_without_rounding():
     assert [len(chunk) for chunk in memory.chunks] == [4096, 70 * 70 * 4, 4096]
 
 
+def test_loras_used_least_lately_leave_first(loras: list[LoraChoice]):
+    engine = Engine("mini")
+    kept = engine.adapters
+    for choice in loras[:3]:
+        kept.weighted((choice,))
+    layers = [one for choice in (loras[0], loras[3]) for one in kept.weighted((choice,))[0][0].layers.values()]
+    kept.limit_bytes = sum(4 * t.numel() for one in layers for t in (one.down, one.up))
+    kept.weighted((loras[0],))
+    kept.weighted((loras[3],))
+    assert list(kept._read) == [loras[0].file.sha256, loras[3].file.sha256]
+
+
 # Several at once
 
 
