@@ -7,6 +7,7 @@ import torch
 
 from infer.live import Weighted
 from infer.loras import LoraChoice
+from lorabooth.entry import printable
 from lorabooth.families.flux1 import Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lowrank import Additions, LowRank, additions
@@ -35,11 +36,8 @@ class Adapters:
         if sha256 not in self._read:
             found = additions(choice.file, self.layout, self.clip, self.family.model)
             if found.left_out:
-                more = f" and {len(found.left_out) - NAMED} more" if len(found.left_out) > NAMED else ""
-                print(
-                    f"note: {choice.file.path.name}: left out, for {self.family.model} has no place for them: {', '.join(found.left_out[:NAMED])}{more}",
-                    file=sys.stderr,
-                )
+                names = ", ".join(map(printable, found.left_out[:NAMED])) + f" and {len(found.left_out) - NAMED} more" * (len(found.left_out) > NAMED)
+                print(f"note: {choice.file.path.name}: left out, for {self.family.model} has no place for them: {names}", file=sys.stderr)
             self._read[sha256] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
         self._read.move_to_end(sha256)
         while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > self.limit_bytes:

@@ -18,6 +18,7 @@ from infer import loras as lora_store
 from infer.loras import LoraChoice
 from lorabooth import checkpoints
 from lorabooth.conversion import DTYPES, FORMATS, TOLERANCE, difference, merged, reduced, written
+from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.layout import ClipLayout, Layout, sizes_of
@@ -90,7 +91,9 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     parts = [(additions(choice.file, layout, clip, model), choice.weight) for choice in choices]
     for (found, _), choice in zip(parts, choices, strict=True):
         if found.left_out:
-            click.echo(f"note: {choice.file.path.name}: left out: {', '.join(found.left_out[:5])}{' ...' * (len(found.left_out) > 5)}", err=True)
+            click.echo(
+                f"note: {choice.file.path.name}: left out: {', '.join(map(printable, found.left_out[:5]))}{' ...' * (len(found.left_out) > 5)}", err=True
+            )
     wanted, lost = merged(parts), 0.0
     if rank:
         wanted, lost = reduced(wanted, rank)

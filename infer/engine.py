@@ -172,6 +172,10 @@ class Engine:
         guidance = torch.tensor([piece.request.guidance_scale for piece in pieces])
         known = self._known([piece.request for piece in pieces])
         latents = sampling.denoise(self.family, transformer, conditioning, start, first.num_inference_steps, guidance, progress, negative, known)
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                "the numbers ran over while the picture was made", hint="a LoRA's weight is too high, or a LoRA is damaged: try without, and with lower weights"
+            )
         images = [sampling.decode(self.family, self.base.vae(), row[None])[0] for row in latents]
         return [Output(_pasted(image, piece.request), piece.seed) for image, piece in zip(images, pieces, strict=True)]
 

@@ -4,16 +4,21 @@
 class UserError(Exception):
     """A problem the user can solve. `message` says what is wrong and the limit, `hint` how to go on.
 
-    The command line prints both on standard error and exits with code 2; the server answers 4xx.
+    The command line prints both on standard error and exits with code 2; the server answers 4xx. Both are one line each: control
+    characters, which names in files of strangers may hold, become question marks.
     """
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _one_line(message)
+        self.hint = _one_line(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class StageFailed(Exception):

@@ -94,7 +94,9 @@ def _tensors(file: LoraFile) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if method := next((name for mark, name in OTHER_METHODS.items() if mark in key), None):
             raise UserError(f"{file.path.name} is a {method}, not a LoRA: {key}", hint="convert it to a LoRA with the program that trained it")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+        if not tensor.is_floating_point():
+            raise UserError(f"{file.path.name} is damaged: {key} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again")
+        if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{file.path.name} is damaged: {key} holds numbers that are not finite", hint="use an earlier checkpoint of that training")
     return tensors
 
@@ -112,6 +114,8 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
             f"{down.shape[1]} and {up.shape[0]} in the LoRA (it is of {made_for})"
         )
     up = up * _strength(file, name, parts, len(down))
+    if not torch.isfinite(up).all():
+        raise UserError(f"{file.path.name} is damaged: the strength of {name} is not a number that can be used")
     magnitude = parts["magnitude"][1].float() if "magnitude" in parts else None
     if magnitude is not None and magnitude.numel() != outputs:
         raise UserError(f"{file.path.name} is a DoRA whose scales lie along the inputs of {name}", hint="only DoRA with a scale for each output is read")
@@ -137,8 +141,8 @@ def _strength(file: LoraFile, name: str, parts: dict[str, tuple[str, Tensor]], r
         return 1.0
     module = re.sub(r"^(transformer|text_encoder|base_model\.model)\.", "", name)
     # PEFT takes the pattern's keys for regular expressions; trainers write names, and a file's expressions are not run here.
-    named = {re.sub(r"[\\^$]", "", key): value for key, value in (config.get("alpha_pattern") or {}).items()}
-    alpha = float(next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"]))
+    named = {re.sub(r"[\\^$]", "", key): value for key, value in config["alpha_pattern"].items()}
+    alpha = next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -152,13 +156,20 @@ def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
     try:
         if text := file.metadata.get("lora_adapter_metadata"):
             part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
-            return {key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)}
+            return _checked({key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)})
         if file.path.name == ADAPTER_MODEL and beside.exists():
-            config: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
-            return config
-    except (ValueError, AttributeError) as error:
+            return _checked(json.loads(beside.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None
     return {}
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a description counts here, with numbers where numbers are to be. Raises what their absence raises."""
+    if config.get("lora_alpha") is None:
+        return {}
+    pattern = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
+    return {"lora_alpha": float(config["lora_alpha"]), "alpha_pattern": pattern, "use_rslora": bool(config.get("use_rslora"))}
 
 
 def _of_t5(name: str) -> bool:

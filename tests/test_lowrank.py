@@ -24,6 +24,13 @@ from lorabooth.lora import LoraFile, LoraSpec
 from lorabooth.lowrank import Additions, additions
 
 FAMILY = Flux1("mini")
+
+
+def one_layer_of(number: float) -> dict[str, Tensor]:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    return {f"{name}.lora_A.weight": torch.full((2, 224), number), f"{name}.lora_B.weight": torch.full((224, 2), number)}
+
+
 LAYOUT, CLIP = Layout(sizes_of(FAMILY.empty_transformer())), ClipLayout(sizes_of(FAMILY.empty_clip()))
 REQUEST = Request("a person in a red hoodie, smiling", 64, 64, 5, num_inference_steps=3)
 
@@ -177,6 +184,32 @@ def one_layer(name: str = "transformer.transformer_blocks.0.attn.to_q", down: tu
     return {f"{name}.lora_A.weight": torch.ones(down), f"{name}.lora_B.weight": torch.ones(up)}
 
 
+DESCRIPTIONS = ("not json", "[" * 5000, "[1]", '{"transformer.lora_alpha": "abc"}', '{"transformer.lora_alpha": [1]}')
+DESCRIPTIONS += tuple(f'{{"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern}}}' for pattern in ("[1]", '{"to_q": null}', '"x"'))
+
+
+@pytest.mark.parametrize("described", DESCRIPTIONS, ids=lambda text: text[:60])
+def test_a_description_that_makes_no_sense_is_said(described: str, tmp_path: Path):
+    with pytest.raises(UserError, match="the description of its adapter is not readable"):
+        read(formats.write(tmp_path / "x.safetensors", one_layer(), lora_adapter_metadata=described))
+
+
+def test_names_of_strangers_cannot_command_the_terminal(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = formats.write(tmp_path / "x.safetensors", one_layer() | {f"\x1b[31mx{i}": torch.zeros(1) for i in range(9)}, **{"lorabooth.base": "\x1b[2J"})
+    pixels(engine, path)
+    assert "left out" in (said := capsys.readouterr().err) and "\x1b" not in said
+    with pytest.raises(UserError) as caught:
+        read(formats.write(tmp_path / "y.safetensors", one_layer("\x1b[31mlayer\n"), **{"lorabooth.base": "\x1b[2J"}))
+    assert str(caught.value.message).isprintable() and "?[31mlayer?" in caught.value.message
+
+
+def test_numbers_that_run_over_are_said(engine: Engine, tmp_path: Path):
+    before = pixels(engine)
+    with pytest.raises(UserError, match="the numbers ran over"):
+        pixels(engine, formats.write(tmp_path / "x.safetensors", one_layer_of(1e20)))
+    assert np.array_equal(pixels(engine), before)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -190,6 +223,7 @@ def one_layer(name: str = "transformer.transformer_blocks.0.attn.to_q", down: tu
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(3)}, "the alpha of .* is not one number"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 17)}, "DoRA whose scales lie along the inputs"),
         ({key: t * torch.nan for key, t in one_layer().items()}, "numbers that are not finite"),
+        ({key: t.int() for key, t in one_layer().items()}, "holds no fractions but int32"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2), "lora_x": torch.ones(1)}, "is a LoKr, not a LoRA"),
     ],
 )  # fmt: skip
