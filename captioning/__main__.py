@@ -6,14 +6,15 @@ from pathlib import Path
 from captioning.caption import run
 from lorabooth.cli import guarded
 from lorabooth.errors import UserError
+from lorabooth.notes import note
 
 
 def main(arguments: list[str]) -> None:
     """Caption the photos of the run named by the only argument."""
     if len(arguments) != 1:
         raise UserError("usage: python -m captioning RUN")
-    for note in run(Path(arguments[0])):
-        print(f"note: {note}", file=sys.stderr)
+    for line in run(Path(arguments[0])):
+        note(line)
 
 
 if __name__ == "__main__":

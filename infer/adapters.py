@@ -1,6 +1,5 @@
 """What the LoRA files of late requests add to the base, read once and kept ready on the device."""
 
-import sys
 from collections import OrderedDict
 
 import torch
@@ -11,6 +10,7 @@ from lorabooth.entry import printable
 from lorabooth.families.flux1 import Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lowrank import Additions, LowRank, additions
+from lorabooth.notes import note
 
 NAMED = 5
 
@@ -37,7 +37,7 @@ class Adapters:
             found = additions(choice.file, self.layout, self.clip, self.family.model)
             if found.left_out:
                 names = ", ".join(map(printable, found.left_out[:NAMED])) + f" and {len(found.left_out) - NAMED} more" * (len(found.left_out) > NAMED)
-                print(f"note: {choice.file.path.name}: left out, for {self.family.model} has no place for them: {names}", file=sys.stderr)
+                note(f"{choice.file.path.name}: left out, for {self.family.model} has no place for them: {names}")
             self._read[sha256] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
         self._read.move_to_end(sha256)
         while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > self.limit_bytes:

@@ -1,7 +1,5 @@
 """The base model as a plan wants it: the transformer with its LoRAs, the VAE, the text encoders; each loaded when it is first needed."""
 
-import sys
-
 import torch
 from diffusers import AutoencoderKL, FirstBlockCacheConfig, FluxTransformer2DModel
 from tqdm import tqdm
@@ -14,6 +12,7 @@ from lorabooth import sampling
 from lorabooth.attention import choose_kernel
 from lorabooth.compiled import try_compiled
 from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
+from lorabooth.notes import note
 from lorabooth.quantized import put_blocks, put_rest
 from lorabooth.sizes import blocks_of, linears
 from lorabooth.swap import BlockSwap
@@ -92,7 +91,7 @@ class Base:
         if not self.fast:
             return
         if self.plan.swapped or self.plan.precision == "nf4":
-            print(f"note: not compiled, for that does not go together with: {self.plan}", file=sys.stderr)
+            note(f"not compiled, for that does not go together with: {self.plan}")
             return
 
         def warm_up() -> None:

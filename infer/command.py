@@ -9,15 +9,18 @@ from textwrap import shorten
 import click
 
 from infer import loras as lora_store
-from infer.drawing import Drawing, say
+from infer.drawing import Drawing
 from infer.engine import Engine, Settings
 from infer.filter import content_filter
 from infer.finish import Finishing, FinishOptions, finish_options
-from infer.loras import LoraChoice
+from infer.named_base import base_of
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
-from lorabooth.errors import UserError
+from lorabooth.families import load_family
+from lorabooth.families.flux1 import Flux1
+from lorabooth.notes import note
+from lorabooth.runs import prepared
 
 
 @click.command()
@@ -67,35 +70,29 @@ def generate(
     if plan_of:
         plan_of(model or base_of(choices))
         return
-    engine = Engine(model or base_of(choices), settings)
+    family = load_family(model or base_of(choices))
     chosen = any_seed() if seed is None else seed
-    prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, engine.family.model == "mini")
-    request = picture_options.request(prompts.texts[0], chosen, num_outputs, engine.family.native_px)
-    finishing = Finishing.read(finish_options, engine, choices, num_outputs, say)
+    prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, family.model == "mini")
+    request = picture_options.request(prompts.texts[0], chosen, num_outputs, family.native_px)
+    finishing = Finishing.read(finish_options, family.native_px, choices, num_outputs)
     requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
-    _notices(engine, requests, prompts, seed is None)
-    drawing = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live)
-    files = drawing.draw(requests)
+    _notices(family, requests, prompts, seed is None)
+    pixels = max(request.width_px * request.height_px, family.native_px**2 if finishing.detail else 0)
+    try:
+        with prepared(out):
+            engine = Engine(family, replace(settings, pixels=pixels))
+            files = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live).draw(requests)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the pictures that were finished are in {out}") from None
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files if not file.get("filtered")))
 
 
-def base_of(choices: tuple[LoraChoice, ...]) -> str:
-    """The base model the LoRAs name; FLUX.1-dev where they name none."""
-    named = {choice.file.metadata["lorabooth.base"] for choice in choices if choice.file.metadata.get("lorabooth.base")}
-    if len(named) > 1:
-        raise UserError(f"these LoRAs are of different base models: {', '.join(sorted(named))}", hint="use LoRAs of one base model")
-    base = named.pop() if named else "black-forest-labs/FLUX.1-dev"
-    if base != "mini" and "/" not in base:
-        raise UserError(f"the LoRA was trained on a local folder named {base!r}", hint="say where it is with --model FOLDER")
-    return base
-
-
-def _notices(engine: Engine, requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:
+def _notices(family: Flux1, requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:
     if drawn_seed:
         click.echo(f"Using seed: {requests[0].seed}", err=True)
     for prompt in dict.fromkeys(request.prompt for request in requests):
-        cut = engine.family.cut(prompt)
+        cut = family.cut(prompt)
         if cut:
-            click.echo(f"note: the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}", err=True)
-    for note in prompts.notes():
-        click.echo(f"note: {note}", err=True)
+            note(f"the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}")
+    for line in prompts.notes():
+        note(line)

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from infer import loras as lora_store
 from infer.loras import LoraChoice
@@ -21,14 +17,15 @@ from lorabooth.conversion import DTYPES, FORMATS, TOLERANCE, difference, merged,
 from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
+from lorabooth.families.flux1_dev import Flux1Dev
 from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lora import LoraFile, sorted_header
 from lorabooth.lowrank import Additions, additions
+from lorabooth.notes import note
 from lorabooth.runs import RunDir, write_durable
 
 RANKS = click.IntRange(1, 1024)
 NOT_TRUE_ANY_MORE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-DEV = "black-forest-labs/FLUX.1-dev"
 
 
 def format_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,9 +88,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     parts = [(additions(choice.file, layout, clip, model), choice.weight) for choice in choices]
     for (found, _), choice in zip(parts, choices, strict=True):
         if found.left_out:
-            click.echo(
-                f"note: {choice.file.path.name}: left out: {', '.join(map(printable, found.left_out[:5]))}{' ...' * (len(found.left_out) > 5)}", err=True
-            )
+            note(f"{choice.file.path.name}: left out: {', '.join(map(printable, found.left_out[:5]))}{' ...' * (len(found.left_out) > 5)}")
     wanted, lost = merged(parts), 0.0
     if rank:
         wanted, lost = reduced(wanted, rank)
@@ -122,13 +117,8 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
 
 def layouts(file: LoraFile) -> tuple[Layout, ClipLayout, str]:
     """The layers of the base that a file was made for; FLUX.1-dev's where it does not name a base that is on this machine."""
-    if file.metadata.get("lorabooth.base") == "mini":
-        family = load_family("mini")
-        return Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip())), "mini"
-    with init_empty_weights():
-        transformer: nn.Module = FluxTransformer2DModel(guidance_embeds=True)
-        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768))
-    return Layout(sizes_of(transformer)), ClipLayout(sizes_of(clip)), DEV
+    family = load_family("mini") if file.metadata.get("lorabooth.base") == "mini" else Flux1Dev()
+    return Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip())), family.model
 
 
 def _stored(file: LoraFile) -> str:

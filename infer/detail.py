@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from infer.engine import Engine
+from infer.engine import Engine, fitted
 from infer.likeness import Likeness
 from infer.loras import LoraChoice
+from infer.progress import Progress, part_of
 from infer.request import Request, Source
 from infer.spots import Box, Finder, Spot, finder_for
 from infer.trigger import triggers_of
@@ -95,13 +96,15 @@ class Detailed:
 
 def redraw_faces(
     engine: Engine, request: Request, seed: int, image: Image.Image, loras: tuple[LoraChoice, ...], detail: Detail,
-    likeness: Likeness | None = None, finder: Finder | None = None, decided: dict[Box, bool] | None = None,
+    likeness: Likeness | None = None, finder: Finder | None = None, decided: dict[Box, bool] | None = None, progress: Progress | None = None,
 ) -> Detailed:  # fmt: skip
-    """Run the pass on a picture that `request` made with `seed`. Outside the ovals it stays the same to the bit.
+    """Run the pass on a picture that `request` made with `seed`. Outside the ovals it stays the same to the bit, and where a mask keeps it.
 
     decided: the faces to redraw, and whether to take the new ones, where that was decided before.
     """
     found = (finder or finder_for(engine.family.native_px))(image)
+    mask = fitted(request.source, request).mask if request.source else None
+    found = [spot for spot in found if mask is None or mask.crop(spot.oval).getbbox()]
     spots = [spot for spot in found if spot.face_area <= LARGE * engine.family.native_px**2]
     large = len(found) - len(spots)
     if decided is not None:
@@ -110,20 +113,24 @@ def redraw_faces(
     elif likeness and len(spots) > detail.faces:
         # Of a crowd, the one most like the person; everybody who is redrawn becomes that person.
         spots.sort(key=lambda spot: -likeness.face(image.crop(spot.crop)))
+    spots = spots if decided is not None else spots[: detail.faces]
     done = []
-    for i, spot in enumerate(spots if decided is not None else spots[: detail.faces]):
+    for i, spot in enumerate(spots):
         old = image.crop(spot.crop)
-        new = _redrawn(engine, request, face_seed(seed, i), old, spot, loras, detail)
+        new = _redrawn(engine, request, face_seed(seed, i), old, spot, loras, detail, part_of(progress, i, len(spots)))
         pasted = Image.composite(new, old, oval_mask(spot, old.width))
         scores = (likeness.face(old), likeness.face(pasted)) if likeness else (None, None)
         done.append(Redrawn(spot.face, *scores))
         if not done[-1].kept if decided is None else decided[spot.face]:
-            image = image.copy()
-            image.paste(pasted, spot.crop[:2])
+            redrawn = image.copy()
+            redrawn.paste(pasted, spot.crop[:2])
+            image = Image.composite(redrawn, image, mask) if mask else redrawn
     return Detailed(image, tuple(done), large)
 
 
-def _redrawn(engine: Engine, request: Request, seed: int, old: Image.Image, spot: Spot, loras: tuple[LoraChoice, ...], detail: Detail) -> Image.Image:
+def _redrawn(
+    engine: Engine, request: Request, seed: int, old: Image.Image, spot: Spot, loras: tuple[LoraChoice, ...], detail: Detail, progress: Progress | None
+) -> Image.Image:
     """The square around a face, drawn anew within the oval; at the old one's size."""
     side = engine.family.native_px
     enlarged = old.resize((side, side), Image.Resampling.LANCZOS)
@@ -132,7 +139,7 @@ def _redrawn(engine: Engine, request: Request, seed: int, old: Image.Image, spot
     source = Source(enlarged, mask, detail.share(engine.family, request.num_inference_steps))
     prompt = detail.prompt or face_prompt(request.prompt, loras, engine.family.model == "mini")
     wanted = replace(request, prompt=prompt, width_px=side, height_px=side, seed=seed, num_outputs=1, source=source)
-    drawn = next(iter(engine.generate(wanted, loras))).image
+    drawn = next(iter(engine.generate(wanted, loras, progress))).image
     return drawn.resize(old.size, Image.Resampling.LANCZOS)
 
 

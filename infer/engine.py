@@ -5,7 +5,6 @@ in fp32 that holds to the bit; on a GPU batches of other sizes are rounded diffe
 """
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from infer.adapters import Adapters
 from infer.base import Base
 from infer.live import Weighted
 from infer.loras import LoraChoice
-from infer.plan import Needs, ServingPlan, choose, estimate
+from infer.plan import STEPS, Needs, ServingPlan, choose, estimate
+from infer.progress import Progress
 from infer.request import Request, Source
 from lorabooth import sampling
 from lorabooth.device import base_dtype, check_gpu, compute_device
@@ -26,6 +26,7 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
 from lorabooth.machine import memory_bytes
+from lorabooth.notes import note
 from lorabooth.quantized import multiplies_fp8
 from lorabooth.sizes import BaseSizes, Estimate
 from lorabooth.speed import Speed, measured
@@ -34,8 +35,6 @@ HOST_SHARE = 0.8
 """How much of the host's free memory pinned weights may take; the operating system needs the rest."""
 CPU_SPEED = Speed(0.1, 10, 10, "the CPU")
 
-Progress = Callable[[int, int], None]
-"""Called after each denoising step: steps done, steps in all (over all outputs)."""
 Watch = Callable[[Tensor], None]
 """Called after each step with the latents [B, 16, h, w] of the pictures that are expected so far."""
 
@@ -44,7 +43,8 @@ Watch = Callable[[Tensor], None]
 class Settings:
     """How an engine is to run: precision and blocks in host memory where the plan is not to choose; batch: pictures at once;
     mixed: whether pictures with different LoRAs share a batch; fast: compiled blocks, and fp8 where the GPU multiplies it;
-    cache: "balanced" or "max" leave out blocks whose result hardly changes from step to step, which loses detail."""
+    cache: "balanced" or "max" leave out blocks whose result hardly changes from step to step, which loses detail;
+    pixels: of the largest picture that is planned for, the model's native size where none is named."""
 
     precision: str = "auto"
     swapped: int | None = None
@@ -52,6 +52,7 @@ class Settings:
     mixed: bool = False
     fast: bool = False
     cache: str = "off"
+    pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.cache != "off" and (self.batch > 1 or self.mixed):
@@ -76,7 +77,7 @@ class Output:
 
 
 class Engine:
-    """One base model that makes pictures, one batch at a time; for one thread. A plan is made for pictures of native size."""
+    """One base model that makes pictures, one batch at a time; for one thread."""
 
     def __init__(self, model: str | Flux1, settings: Settings = Settings(), plan: ServingPlan | None = None):
         self.family, self.settings = load_family(model) if isinstance(model, str) else model, settings
@@ -150,7 +151,7 @@ class Engine:
                 hint="make smaller pictures (--megapixels 0.25, --batch 1), or stop other programs on this GPU",
             )
         plan = self._lighter.pop(0)
-        print(f"note: the GPU's memory ran out with: {failed}; going on with: {plan}", file=sys.stderr)
+        note(f"the GPU's memory ran out with: {failed}; going on with: {plan}")
         del self.base, self.adapters
         gc.collect()
         if self.device.type == "cuda":
@@ -170,14 +171,15 @@ class Engine:
         transformer = self.base.transformer([loras for loras, _ in weighted])
         start = torch.cat([sampling.noise(piece.seed, first.width_px, first.height_px) for piece in pieces])
         guidance = torch.tensor([piece.request.guidance_scale for piece in pieces])
-        known = self._known([piece.request for piece in pieces])
+        sources = [fitted(piece.request.source, piece.request) if piece.request.source else None for piece in pieces]
+        known = self._known([source for source in sources if source])
         latents = sampling.denoise(self.family, transformer, conditioning, start, first.num_inference_steps, guidance, progress, negative, known)
         if not torch.isfinite(latents).all():
             raise UserError(
                 "the numbers ran over while the picture was made", hint="a LoRA's weight is too high, or a LoRA is damaged: try without, and with lower weights"
             )
         images = [sampling.decode(self.family, self.base.vae(), row[None])[0] for row in latents]
-        return [Output(_pasted(image, piece.request), piece.seed) for image, piece in zip(images, pieces, strict=True)]
+        return [Output(_pasted(image, source), piece.seed) for image, source, piece in zip(images, sources, pieces, strict=True)]
 
     def _additions(self, pieces: list[Piece]) -> list[tuple[tuple[Weighted, ...], tuple[Weighted, ...]]]:
         """What the pieces' LoRAs add to the transformer and to CLIP."""
@@ -190,9 +192,8 @@ class Engine:
         strength = source and (source.prompt_strength, source.mask is None)
         return request.width_px, request.height_px, request.num_inference_steps, request.true_cfg_scale, strength, loras
 
-    def _known(self, requests: list[Request]) -> sampling.Known | None:
-        """The pictures to start from, as latents."""
-        sources = [fitted(request.source, request) for request in requests if request.source]
+    def _known(self, sources: list[Source]) -> sampling.Known | None:
+        """The pictures to start from, of the size of what is made, as latents."""
         if not sources:
             return None
         latents = torch.cat([self.family.encode_pictures(self.base.vae(), _pixels(source.image)) for source in sources])
@@ -200,10 +201,10 @@ class Engine:
         return sampling.Known(latents, sources[0].prompt_strength, torch.cat(masks) if masks else None)
 
 
-def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None) -> list[Estimate[ServingPlan]]:
+def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: float | None = None, steps: int = STEPS) -> list[Estimate[ServingPlan]]:
     """The plan for this machine, or for a GPU with so much free, and lighter ones after it. On a CPU there is nothing to fit: what is asked for, in fp32."""
     on_gpu = device.type == "cuda" or gpu_bytes is not None
-    needs = needs_of(family, settings, 2 if on_gpu else 4)
+    needs = needs_of(family, settings, 2 if on_gpu else 4, steps)
     if on_gpu:
         speed = measured()
         if gpu_bytes is None:
@@ -220,13 +221,13 @@ def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: fl
     return [estimate(ServingPlan(precision, swapped, "merged" if merged else "stacked"), needs, CPU_SPEED)]
 
 
-def needs_of(family: Flux1, settings: Settings, wide: int) -> Needs:
-    """What pictures of native size ask of a plan, from the model's configs alone. wide: bytes of a weight that is not stored smaller."""
+def needs_of(family: Flux1, settings: Settings, wide: int, steps: int = STEPS) -> Needs:
+    """What pictures ask of a plan, from the model's configs alone. wide: bytes of a weight that is not stored smaller."""
     sizes = BaseSizes.count(family.empty_transformer(), family.text_tokens)
-    tokens = (family.native_px // BUCKET_MULTIPLE_PX) ** 2
+    tokens = (settings.pixels or family.native_px**2) // BUCKET_MULTIPLE_PX**2
     weights = {component: family.count_weights(component) for component in ("text_encoder", "text_encoder_2", "vae")}
     encoders = weights["text_encoder"] + weights["text_encoder_2"]
-    return Needs(sizes, tokens, encoders * wide, weights["vae"] * wide, settings.batch, settings.mixed, settings.fast)
+    return Needs(sizes, tokens, encoders * wide, weights["vae"] * wide, settings.batch, settings.mixed, settings.fast, steps)
 
 
 def fitted(source: Source, request: Request) -> Source:
@@ -237,9 +238,8 @@ def fitted(source: Source, request: Request) -> Source:
     return Source(image, mask, source.prompt_strength)
 
 
-def _pasted(image: Image.Image, request: Request) -> Image.Image:
+def _pasted(image: Image.Image, source: Source | None) -> Image.Image:
     """What a mask keeps is the picture's own, not what the VAE made of it."""
-    source = fitted(request.source, request) if request.source else None
     return Image.composite(image, source.image, source.mask) if source and source.mask else image
 
 

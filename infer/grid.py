@@ -17,6 +17,7 @@ from infer import picture
 from infer.columns import Column
 from infer.engine import Engine, steps_of
 from infer.filter import ContentFilter, notice
+from infer.progress import advancing
 from infer.prompts import PICTURES_LIMIT
 from infer.request import Request
 from infer.writing import Writer
@@ -76,12 +77,7 @@ class Grid:
         bar = tqdm(total=sum(steps_of(cell.making.request) for cell in missing), desc="grid", unit="step", disable=not missing)
         with bar, Writer(FULL_QUALITY, content_filter.score if content_filter else None) as writer:
             for cell in missing:
-                before = bar.n
-
-                def advance(done: int, _: int, before: float = before) -> None:
-                    bar.update(before + done - bar.n)
-
-                output = next(iter(engine.generate(cell.making.request, cell.making.loras, advance)))
+                output = next(iter(engine.generate(cell.making.request, cell.making.loras, advancing(bar))))
                 writer.put(cell.file, output.image, cell.making)
             written = writer.results()
         for one in written:

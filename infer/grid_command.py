@@ -1,6 +1,7 @@
 """`lorabooth grid`: prompts beside weights of a LoRA, or beside the checkpoints of a training run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -8,14 +9,16 @@ import click
 from infer import grid_page
 from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
-from infer.command import base_of
 from infer.engine import Engine, Settings
 from infer.filter import content_filter
 from infer.grid import Grid
+from infer.named_base import base_of
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from lorabooth.errors import UserError
-from lorabooth.runs import RunDir
+from lorabooth.families import load_family
+from lorabooth.notes import note
+from lorabooth.runs import RunDir, prepared
 
 
 @click.command()
@@ -49,15 +52,17 @@ def grid(
     if plan_of:
         plan_of(model or base)
         return
-    engine = Engine(model or base, settings)
-    asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], engine.family.model == "mini")
-    rows = asked.requests(picture_options.request(asked.texts[0], seed, 1, engine.family.native_px))
-    made = Grid(rows, columns, engine.family.model, out, engine.record())
-    for note in (*notes, *asked.notes()):
-        click.echo(f"note: {note}", err=True)
-    count = made.make(engine, content_filter() if filtered else None)
+    family = load_family(model or base)
+    asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], family.model == "mini")
+    rows = asked.requests(request := picture_options.request(asked.texts[0], seed, 1, family.native_px))
+    for line in (*notes, *asked.notes()):
+        note(line)
     title = f"{columns[-1].loras[0].file.name if run is None else run.resolve().name}, seed {seed}"
-    files = [grid_page.write_html(made, title), grid_page.write_png(made, title), made.write_record()]
+    with prepared(out):
+        engine = Engine(family, replace(settings, pixels=request.width_px * request.height_px))
+        made = Grid(rows, columns, engine.family.model, out, engine.record())
+        count = made.make(engine, content_filter() if filtered else None)
+        files = [grid_page.write_html(made, title), grid_page.write_png(made, title), made.write_record()]
     kept = len(made.cells) - count
     click.echo(f"{count} pictures made" + (f", {kept} were there" if kept else ""), err=True)
     click.echo("\n".join(map(str, files)))

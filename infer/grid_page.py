@@ -32,7 +32,7 @@ def write_png(grid: Grid, title: str) -> Path:
     """Write grid.png: prompts to the left, columns' names above."""
     file = grid.folder / "grid.png"
     first, best = grid.cells[0].making, grid.cells[-1].making
-    picture.write(file, sheet(grid, title), picture.Making(first.request, first.seed, first.model, best.loras))
+    picture.write(file, sheet(grid, title), picture.Making(first.request, first.seed, first.model, best.loras, {"contact_sheet": True}))
     return file
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-import click
-
 from infer import formats, hub_lora
 from infer.civitai import TOKEN_VARIABLE, Civitai
 from infer.download import LIMIT_VARIABLE, Download, Downloaded, Known, too_large
@@ -21,6 +19,7 @@ from infer.references import CivitaiReference, HubReference, Reference, UrlRefer
 from lorabooth.addresses import Addresses
 from lorabooth.errors import UserError
 from lorabooth.lora import LoraFile
+from lorabooth.notes import note
 from lorabooth.web import Web, WebError
 
 LIMIT_BYTES = 4 * 10**9
@@ -54,11 +53,6 @@ def resolve(reference: str) -> LoraChoice:
     return LoraStore.from_environment().resolve(reference)
 
 
-def to_stderr(message: str) -> None:
-    """A notice for whoever sits before the terminal."""
-    click.echo(f"note: {message}", err=True)
-
-
 class LoraStore:
     """Resolves references. It may be shared by threads, and its folder by processes.
 
@@ -68,7 +62,7 @@ class LoraStore:
 
     def __init__(
         self, folder: Path | None = None, *, limit_bytes: int = LIMIT_BYTES, cache_bytes: int = CACHE_BYTES, addresses: Addresses | None = None,
-        civitai: str = "", civitai_token: str = "", notice: Callable[[str], None] = to_stderr, show: bool = True, pause_seconds: float = 1.0,
+        civitai: str = "", civitai_token: str = "", notice: Callable[[str], None] = note, show: bool = True, pause_seconds: float = 1.0,
     ) -> None:  # fmt: skip
         self.cache = LoraCache(folder or default_folder(), cache_bytes)
         self.web = Web(addresses or Addresses(), pause_seconds)

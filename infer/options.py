@@ -1,7 +1,7 @@
 """Options that `generate`, `grid` and their like share: what a picture is to be, and how the engine is to run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,22 @@ from typing import Any
 import click
 from PIL import Image, ImageChops
 
-from infer.engine import Settings, plans
+from infer.engine import Settings, plans, steps_of
 from infer.plan import table
 from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, size_for, size_like
 from lorabooth.decoder import Decoder
 from lorabooth.device import compute_device
-from lorabooth.entry import LeftOut
+from lorabooth.entry import ENTRY_BYTES_LIMIT, LeftOut
 from lorabooth.errors import UserError
-from lorabooth.families import load_family
-from lorabooth.sizes import GB
+from lorabooth.families import family_to_plan
+from lorabooth.reading import read_limited
+from lorabooth.sizes import GB, GIGABYTES
 from lorabooth.speed import measured
 
 Command = Callable[..., None]
 CACHES = ("off", "balanced", "max")
+SHAPE_TOLERANCE = 0.02
+"""By which the shapes of a picture and its mask may differ; smaller copies are rounded to whole pixels."""
 PRECISIONS = ("auto", "bf16", "int8", "fp8", "nf4")
 
 
@@ -44,12 +47,16 @@ class PictureOptions:
     def request(self, prompt: str, seed: int, num_outputs: int, native_px: int) -> Request:
         """A request like that for a base of that native size; a UserError where the options do not go together."""
         source = self.source()
-        given = size_like(source.image, self.megapixels, native_px) if source and not self.aspect_ratio else None
-        width, height = given or size_for(self.aspect_ratio or "1:1", native_px, self.megapixels)
         # A negative prompt is only there to be used.
         scale = self.true_cfg_scale if self.true_cfg_scale is not None else 3.0 if self.negative_prompt else 1.0
-        size = width if self.width is None else self.width, height if self.height is None else self.height
-        return Request(prompt, *size, seed, num_outputs, self.num_inference_steps, self.guidance_scale, self.negative_prompt, scale, source)
+        size, steps = self.size(native_px, source), self.num_inference_steps
+        return Request(prompt, *size, seed, num_outputs, steps, self.guidance_scale, self.negative_prompt, scale, source)
+
+    def size(self, native_px: int, source: Source | None) -> tuple[int, int]:
+        """Width and height in px, as asked for, or like those of the picture to start from."""
+        given = size_like(source.image, self.megapixels, native_px) if source and not self.aspect_ratio else None
+        width, height = given or size_for(self.aspect_ratio or "1:1", native_px, self.megapixels)
+        return width if self.width is None else self.width, height if self.height is None else self.height
 
     def source(self) -> Source | None:
         """The picture to start from."""
@@ -59,15 +66,23 @@ class PictureOptions:
             return None
         # What a mask names is drawn anew; without one a picture is to stay recognisable.
         strength = self.prompt_strength if self.prompt_strength is not None else 0.8
-        return Source(read_picture(self.image), read_picture(self.mask, mask=True) if self.mask else None, strength)
+        return read_source(self.image, self.mask, strength)
+
+
+def read_source(image: Path, mask: Path | None, prompt_strength: float) -> Source:
+    """A picture to start from, with a mask of its shape, which may be of another size."""
+    picture, painted = read_picture(image), read_picture(mask, mask=True) if mask else None
+    if painted and painted.size != picture.size:
+        shapes = [one.width / one.height for one in (painted, picture)]
+        if abs(shapes[0] / shapes[1] - 1) > SHAPE_TOLERANCE:
+            raise UserError(f"the mask {mask} has another shape than the picture: width / height is {shapes[0]:.2f} and {shapes[1]:.2f}")
+        painted = painted.resize(picture.size, Image.Resampling.BILINEAR)
+    return Source(picture, painted, prompt_strength)
 
 
 def read_picture(path: Path, mask: bool = False) -> Image.Image:
     """Any picture that a phone makes, upright and in sRGB; as a mask in grey. A UserError where it is none."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+    data = read_limited(path, ENTRY_BYTES_LIMIT)
     try:
         with Decoder() as decoder:
             decoded = decoder.decode(path.name, data)
@@ -108,24 +123,29 @@ def picture_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """Add the options of the engine to a command, which gets them as `settings`; with --plan, `plan_of` prints it for a base's name."""
+    """Add the options of the engine to a command, which gets them as `settings`; with --plan, `plan_of` prints it for a base's name.
+
+    The command has picture_options, too.
+    """
 
     @wraps(command)
     def gathered(
-        *arguments: Any, precision: str, swapped: int | None, batch: int, fast: bool, cache: str, show_plan: bool, vram_gb: float | None, **given: Any
-    ) -> None:
+        *arguments: Any, precision: str, swapped: int | None, batch: int, fast: bool, cache: str, show_plan: bool, vram_gb: float | None,
+        picture_options: PictureOptions, **given: Any,
+    ) -> None:  # fmt: skip
         settings = Settings(precision, swapped, batch, mixed=False, fast=fast, cache=cache)
-        command(*arguments, settings=settings, plan_of=(lambda model: print_plan(model, settings, vram_gb)) if show_plan or vram_gb else None, **given)
+        plan_of = (lambda model: print_plan(model, settings, vram_gb, picture_options)) if show_plan or vram_gb else None
+        command(*arguments, settings=settings, plan_of=plan_of, picture_options=picture_options, **given)
 
     return _with(
         gathered,
         click.option("--fast", is_flag=True, help="Compile the blocks (a minute or two, once), and compute in fp8 where the GPU does."),
         click.option("--cache", type=click.Choice(CACHES), default="off", show_default=True, help="Leave out what hardly changes between steps; loses detail."),
         click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="How the base is stored."),
-        click.option("--blocks-to-swap", "swapped", type=click.IntRange(0), help="Blocks that live in host memory. [default: as many as must]"),
+        click.option("--blocks-to-swap", "swapped", type=click.IntRange(0, 57), help="Blocks that live in host memory. [default: as many as must]"),
         click.option("--batch", type=click.IntRange(1, 16), default=1, show_default=True, help="Pictures made at once; faster for small ones."),
         click.option("--plan", "show_plan", is_flag=True, help="Print how it fits the GPU, and end."),
-        click.option("--vram-gb", type=click.FloatRange(0, min_open=True), help="The same for a GPU with this much free memory."),
+        click.option("--vram-gb", type=GIGABYTES, help="The same for a GPU with this much free memory."),
     )  # fmt: skip
 
 
@@ -134,11 +154,13 @@ def filter_option(command: Command) -> Command:
     return click.option("--filter/--no-filter", "filtered", default=True, show_default=True, help="Keep back pictures that are not safe for work.")(command)
 
 
-def print_plan(model: str, settings: Settings, vram_gb: float | None) -> None:
-    """Print the plan for a base on this machine's GPU, or on one of that size."""
-    device = compute_device()
-    family = load_family(model)
-    click.echo(table(plans(family, settings, device, vram_gb * GB if vram_gb else None), measured()))
+def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_options: PictureOptions) -> None:
+    """Print the plan for pictures of a base on this machine's GPU, or on one of that size."""
+    family = family_to_plan(model)
+    request = picture_options.request("a picture", 0, 1, family.native_px)
+    settings, steps = replace(settings, pixels=request.width_px * request.height_px), steps_of(request)
+    found = plans(family, settings, compute_device(), vram_gb * GB if vram_gb else None, steps)
+    click.echo(table(found, measured(), f"a picture of {request.width_px} x {request.height_px} px in {steps} steps"))
 
 
 def _with(command: Command, *options: Callable[[Command], Command]) -> Command:

@@ -63,6 +63,7 @@ class Needs:
     batch: int = 1
     mixed: bool = False
     fast: bool = False
+    steps: int = STEPS
 
 
 def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingPlan]:
@@ -89,7 +90,7 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
     host = sum(swapped) * each + (linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
     host += needs.encoder_bytes if plan.encoders == "host" else 0
-    seconds = STEPS * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
+    seconds = needs.steps * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
     seconds += {"gpu": 0.1, "host": needs.encoder_bytes / (speed.host_gb * GB), "disk": DISK_SECONDS}[plan.encoders]
     if plan.loras == "merged" and plan.untouched_on == "host":
         seconds += SWAPS * linears * wide / (speed.host_gb * GB)
@@ -144,10 +145,10 @@ def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, prec
     return steps_down(found)
 
 
-def table(estimates: list[Estimate[ServingPlan]], speed: Speed) -> str:
-    """The first plan in full and the next cheaper one, as text."""
+def table(estimates: list[Estimate[ServingPlan]], speed: Speed, picture: str) -> str:
+    """The first plan in full and the next cheaper one, as text. picture: what they were made for."""
     best = estimates[0]
     lines = best.table()
-    lines += ["", f"time: about {best.seconds:.1f} s for a picture of {STEPS} steps on {speed.name}"]
+    lines += ["", f"time: about {best.seconds:.1f} s for {picture} on {speed.name}"]
     lines += cheaper(estimates)
     return "\n".join(lines)

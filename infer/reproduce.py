@@ -1,11 +1,10 @@
 """`lorabooth reproduce`: a picture is made again from what is written in it."""
 
 import json
-import re
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 import numpy as np
@@ -15,27 +14,31 @@ from tqdm import tqdm
 
 from infer import a1111, picture
 from infer import loras as lora_store
-from infer.detail import Detail, redraw_faces
-from infer.engine import Engine, Settings
+from infer.detail import FACES_LIMIT, Detail, redraw_faces
+from infer.engine import Engine, Settings, steps_of
 from infer.filter import THRESHOLD, content_filter, notice
+from infer.finish import face_bar
 from infer.loras import LoraChoice
-from infer.options import filter_option, read_picture
-from infer.request import Request, Source
+from infer.named_base import confirmed
+from infer.options import filter_option, read_source
+from infer.progress import advancing
+from infer.request import PROMPT_CHARACTERS_LIMIT, Request, Source
 from lorabooth import __version__
 from lorabooth.errors import UserError
-from lorabooth.runs import write_durable
+from lorabooth.notes import note
+from lorabooth.runs import prepared, write_durable
 
+Prompt = Annotated[str, StringConstraints(max_length=PROMPT_CHARACTERS_LIMIT)]
+Side = Annotated[int, Field(ge=0, le=10_000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BYTES_LIMIT = 200_000_000
 LORAS_LIMIT = 32
-KNOWN = "black-forest-labs/"
-"""Whose base models a picture may have loaded. What else it names could be anybody's, and has to be confirmed."""
 FORM_OF = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
 RUNS = "runs/*/lora.safetensors"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class LoraRecord(_Part):
@@ -50,34 +53,44 @@ class SourceRecord(_Part):
     """The picture that a picture was made from."""
 
     sha256: Sha256
-    prompt_strength: float
+    prompt_strength: float = Field(ge=0, le=1)
     masked: bool
 
 
 class FaceRecord(_Part):
-    """A face that was redrawn: its box, and which of the two was kept."""
+    """A face that was redrawn: its box, which of the two was kept, and how like the person they were."""
 
-    box: Annotated[tuple[int, int, int, int], Field(strict=False)]
+    box: Annotated[tuple[Side, Side, Side, Side], Field(strict=False)]
     kept: Literal["old", "new"]
+    likeness: list[float | None] = Field(default=[None, None], max_length=2)
 
 
 class DetailRecord(_Part):
     """A pass over the faces of a picture."""
 
-    strength: Literal["subtle", "normal", "strong"] | float
-    prompt: str | None
-    faces: list[FaceRecord] = Field(max_length=64)
+    what: Literal["face"]
+    strength: Literal["subtle", "normal", "strong"] | Annotated[float, Field(gt=0, le=1)]
+    prompt: Prompt | None
+    faces: list[FaceRecord] = Field(max_length=FACES_LIMIT)
+
+
+class LikenessRecord(_Part):
+    """How like the person a picture is, and of how many it was chosen."""
+
+    score: float
+    by: Annotated[str, StringConstraints(max_length=50)]
+    best_of: int = Field(ge=1, le=10_000)
 
 
 class Record(_Part):
     """What a picture says of its making; it may come from anybody."""
 
-    prompt: str
-    negative_prompt: str = ""
+    prompt: Prompt
+    negative_prompt: Prompt = ""
     seed: int = Field(ge=0, lt=2**32)
     num_inference_steps: int = Field(ge=1, le=50)
-    guidance_scale: float
-    true_cfg_scale: float = 1.0
+    guidance_scale: float = Field(ge=0, le=10)
+    true_cfg_scale: float = Field(default=1.0, ge=1, le=10)
     width: int = Field(ge=1, le=10_000)
     height: int = Field(ge=1, le=10_000)
     model: Annotated[str, StringConstraints(max_length=300)]
@@ -86,8 +99,10 @@ class Record(_Part):
     precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] | None = None
     cache: Literal["off", "balanced", "max"] = "off"
     detail: DetailRecord | None = None
+    likeness: LikenessRecord | None = None
     output_quality: int = Field(default=80, ge=0, le=100)
-    lorabooth: Annotated[str, StringConstraints(max_length=50)]
+    contact_sheet: bool = False
+    lorabooth: Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,50}$")]
 
     @classmethod
     def of(cls, path: Path) -> "Record":
@@ -103,7 +118,10 @@ class Record(_Part):
         if not found:
             raise UserError(f"{path} does not say how it was made", hint="pictures of lorabooth do, unless a program or a website has removed it")
         try:
-            return cls.model_validate(found)
+            record = cls.model_validate(found)
+            if record.contact_sheet:
+                raise UserError(f"{path} shows several pictures", hint="give one of them")
+            return record
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -140,33 +158,35 @@ def reproduce(
     if file.exists():
         raise UserError(f"{file} is there already", hint="name another with --out FILE")
     choices = find_loras(record.loras, references)
-    request = Request(
-        record.prompt, record.width, record.height, record.seed, 1, record.num_inference_steps, record.guidance_scale, record.negative_prompt,
-        record.true_cfg_scale, find_source(record.source, image, mask),
-    )  # fmt: skip
+    source = find_source(record.source, image, mask)
+    try:
+        request = Request(
+            record.prompt, record.width, record.height, record.seed, 1, record.num_inference_steps, record.guidance_scale, record.negative_prompt,
+            record.true_cfg_scale, source,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"{path}: what it says of its making cannot be used: {error.message}") from None
     if record.lorabooth != __version__:
-        click.echo(f"note: made by lorabooth {record.lorabooth}, this is {__version__}; the picture may differ", err=True)
-    if not model and record.model != "mini" and not record.model.startswith(KNOWN):
-        base = record.model if re.fullmatch(r"[\w./-]{1,100}", record.model) else "NAME"
-        raise UserError(f"this picture says that it was made with the base model {base}", hint=f"if you want that one loaded, say so: --model {base}")
-    engine = Engine(model or record.model, Settings(precision="auto" if record.precision == "fp32" else record.precision or "auto", cache=record.cache))
-    with tqdm(total=record.num_inference_steps, desc="reproduce", unit="step") as bar:
-
-        def advance(done: int, _: int) -> None:
-            bar.update(done - bar.n)
-
-        [output] = engine.generate(request, choices, advance)
+        note(f"made by lorabooth {record.lorabooth}, this is {__version__}; the picture may differ")
+    with prepared(file.parent):
+        pass  # seen before the work that it can be written
+    base, precision = model or confirmed(record.model, "this picture was made"), record.precision if record.precision != "fp32" else None
+    engine = Engine(base, Settings(precision or "auto", cache=record.cache))
+    with tqdm(total=steps_of(request), desc="reproduce", unit="step") as bar:
+        [output] = engine.generate(request, choices, advancing(bar))
     made = output.image
     if record.detail:
         detail, decided = Detail(record.detail.strength, record.detail.prompt), {face.box: face.kept == "new" for face in record.detail.faces}
-        made = redraw_faces(engine, request, record.seed, made, choices, detail, decided=decided).image
-    making = picture.Making(request, record.seed, engine.family.model, choices, engine.record() | _finished(path))
+        with face_bar() as progress:
+            made = redraw_faces(engine, request, record.seed, made, choices, detail, decided=decided, progress=progress).image
+    finished = record.model_dump(include={"detail", "likeness", "output_quality"}, exclude_unset=True)
+    making = picture.Making(request, record.seed, engine.family.model, choices, engine.record() | finished)
     kept_back = content_filter() if filtered else None
     if kept_back and (score := kept_back.score(made)) >= THRESHOLD:
         click.echo(json.dumps({"file": None, "filtered": True, "score": round(score, 3)}) if as_json else notice(record.seed, score), err=not as_json)
         return
     difference = largest_difference(path, made, making, record.output_quality)
-    write_durable(file, picture.encode(made, making, form, record.output_quality))
+    write_durable(file, picture.encode(made, making, form, record.output_quality), new=True)
     if as_json:
         click.echo(json.dumps({"file": str(file), "same": difference == 0, "largest_difference": difference}))
         return
@@ -179,10 +199,6 @@ def _free(path: Path) -> Path:
     """A name beside a picture that nothing has yet."""
     names = (path.with_name(f"{path.stem}-again{'' if i == 1 else f'-{i}'}{path.suffix}") for i in count(1))
     return next(name for name in names if not name.exists())
-
-
-def _finished(path: Path) -> dict[str, Any]:
-    return {key: value for key, value in picture.making_of(path).items() if key in ("detail", "likeness", "output_quality")}
 
 
 def find_loras(records: Sequence[LoraRecord], references: Sequence[str]) -> tuple[LoraChoice, ...]:
@@ -216,7 +232,7 @@ def find_source(record: SourceRecord | None, image: Path | None, mask: Path | No
     needed = "--image FILE and --mask FILE" if record.masked else "--image FILE"
     if image is None or (record.masked and mask is None):
         raise UserError("this picture was made from another one, which it does not contain", hint=f"give it with {needed}")
-    source = Source(read_picture(image), read_picture(mask, mask=True) if mask and record.masked else None, record.prompt_strength)
+    source = read_source(image, mask if record.masked else None, record.prompt_strength)
     if source.sha256 != record.sha256:
         raise UserError(
             f"{image} is not the picture that it was made from: hash {source.sha256[:12]}, not {record.sha256[:12]}", hint=f"give the same files with {needed}"

@@ -19,6 +19,8 @@ MEGAPIXELS = {"1": 1.0, "0.25": 0.5}
 """What the sides are multiplied with."""
 FORMATS = ("webp", "png", "jpg")
 MULTIPLE_PX = 16
+SIDES_PX = 64, 1536
+"""Least and most."""
 PROMPT_CHARACTERS_LIMIT = 3_000
 """More than T5's 512 tokens; and it must fit in the EXIF of a jpg, 64 kB, twice, with up to 12 bytes a character."""
 
@@ -79,20 +81,21 @@ class Request:
                 raise UserError(f"the {name} is not valid text in UTF-8")
         if self.negative_prompt and self.true_cfg_scale == 1:
             raise UserError("a negative prompt needs a true_cfg_scale above 1 to do anything", hint="use --true-cfg 3, say; it doubles the time")
-        _within("num_outputs", self.num_outputs, 1, 64)
-        _within("num_inference_steps", self.num_inference_steps, 1, 50)
-        _within("guidance_scale", self.guidance_scale, 0, 10)
-        _within("true_cfg_scale", self.true_cfg_scale, 1, 10)
+        _within("num_outputs (-n)", self.num_outputs, 1, 64)
+        _within("num_inference_steps (--steps)", self.num_inference_steps, 1, 50)
+        _within("guidance_scale (--guidance)", self.guidance_scale, 0, 10)
+        _within("true_cfg_scale (--true-cfg)", self.true_cfg_scale, 1, 10)
         _within("seed", self.seed, 0, 2**32 - 1)
         for name, value in (("width", self.width_px), ("height", self.height_px)):
-            _within(name, value, 64, 1536)
+            _within(name, value, *SIDES_PX)
             if value % MULTIPLE_PX:
                 raise UserError(f"{name} is {value} px; it must be a multiple of {MULTIPLE_PX}")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise UserError(f"{name} is {value:g}; it must lie from {low:g} to {high:g}")
+        shown = f"{value:,}" if isinstance(value, int) and abs(value) < 10**30 else f"{value:g}" if isinstance(value, float) else "too large"
+        raise UserError(f"{name} is {shown}; it must lie from {low:,} to {high:,}")
 
 
 def size_for(aspect_ratio: str, native_px: int, megapixels: str = "1") -> tuple[int, int]:
@@ -105,8 +108,10 @@ def size_for(aspect_ratio: str, native_px: int, megapixels: str = "1") -> tuple[
 
 def size_like(image: Image.Image, megapixels: str, native_px: int) -> tuple[int, int]:
     """Width and height in px of a picture's shape with the model's own area, in multiples of 16."""
-    scale = native_px / math.sqrt(image.width * image.height)
-    return _rounded(image.width, image.height, scale * MEGAPIXELS[megapixels])
+    scale = native_px / math.sqrt(image.width * image.height) * MEGAPIXELS[megapixels]
+    # A panorama becomes smaller, and one that is still too narrow is cut.
+    width, height = _rounded(image.width, image.height, min(scale, SIDES_PX[1] / max(image.size)))
+    return max(width, SIDES_PX[0]), max(height, SIDES_PX[0])
 
 
 def _rounded(width: float, height: float, scale: float) -> tuple[int, int]:

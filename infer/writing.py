@@ -1,5 +1,6 @@
 """Pictures filtered, encoded and written in a thread of their own, while the GPU makes the next one."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,9 +11,34 @@ from PIL import Image
 
 from infer import picture
 from infer.filter import THRESHOLD
+from lorabooth.runs import write_durable
 
 AHEAD = 4
 """Pictures that may wait to be written; a slow disk then slows the drawing, and does not fill the memory."""
+
+
+class Numbers:
+    """out-0, out-1 ... in a folder: names for new pictures, behind those that it has. Other processes may be writing there, too."""
+
+    def __init__(self, folder: Path, form: str):
+        self.folder, self.form = folder, form
+        numbers = (re.fullmatch(r"out-(\d{1,9})", file.stem) for file in folder.glob("out-*.*"))
+        self._next = 1 + max((int(match[1]) for match in numbers if match), default=-1)
+
+    def take(self) -> Path:
+        """The next name, whether or not something has it by now."""
+        self._next += 1
+        return self.folder / f"out-{self._next - 1}.{self.form}"
+
+    def write(self, data: bytes) -> Path:
+        """Write a file under the first name that is free."""
+        while True:
+            file = self.take()
+            try:
+                write_durable(file, data, new=True)
+            except FileExistsError:
+                continue
+            return file
 
 
 @dataclass(frozen=True)
@@ -44,8 +70,8 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown(wait=True)  # what was drawn is written, also where the drawing broke off
 
-    def put(self, file: Path, image: Image.Image, making: picture.Making) -> None:
-        """Hand a picture over. Raises here what kept an earlier one from being written."""
+    def put(self, file: Path | Numbers, image: Image.Image, making: picture.Making) -> None:
+        """Hand a picture over, for a file that it may replace or for the next number. Raises here what kept an earlier one from being written."""
         for future in self._coming:
             if future.done():
                 future.result()
@@ -57,9 +83,11 @@ class Writer:
         """All pictures, when the last is written."""
         return [future.result() for future in self._coming]
 
-    def _write(self, file: Path, image: Image.Image, making: picture.Making) -> Written:
+    def _write(self, file: Path | Numbers, image: Image.Image, making: picture.Making) -> Written:
         score = self.score(image) if self.score else 0.0
         if score >= THRESHOLD:
-            return Written(file, image, making, score)
+            return Written(file.take() if isinstance(file, Numbers) else file, image, making, score)
+        if isinstance(file, Numbers):
+            return Written(file.write(picture.encode(image, making, file.form, self.quality)), image, making)
         picture.write(file, image, making, self.quality)
         return Written(file, image, making)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lorabooth import hub
 from lorabooth.device import base_dtype
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, Flux1
 
@@ -56,7 +55,7 @@ def fastest(found: list[Trial]) -> SDPBackend | None:
 
 def choose_kernel(px: int, family: Flux1, device: torch.device) -> str:
     """Try the kernels on a square picture of that side and have torch use the fastest that is right; its name."""
-    transformer = hub.component_config(family.model, "transformer")
+    transformer = family.config("transformer")
     tokens = family.text_tokens + (px // BUCKET_MULTIPLE_PX) ** 2
     backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens))
     if backend is None:

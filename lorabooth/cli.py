@@ -8,6 +8,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,15 +47,26 @@ MACHINE_FAILURES = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command again to go on"),
     errno.EDQUOT: ("your disk quota is used up", "free some space, then run the same command again to go on"),
     errno.EACCES: ("permission denied", "choose a place that you may read and write"),
+    errno.EPERM: ("this is not permitted", "choose a place that you may read and write"),
+    errno.ENOENT: ("there is no such file or folder", "look at the path again"),
+    errno.ELOOP: ("this path is a link to itself", "choose another path"),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another folder"),
-    errno.EEXIST: ("there is a file where a folder is needed", "choose another folder"),
+    errno.EEXIST: ("there is something of this name already", "choose another name"),
     errno.EISDIR: ("this is a folder, not a file", "give a file"),
     errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one with --out FOLDER"),
     errno.EROFS: ("the disk is read-only", "choose a place that you may write to"),
 }
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells have it
+
+
+class Terminated(BaseException):
+    """SIGTERM (kill, docker stop) came; raised so that what is begun is tidied up."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 class LazyGroup(click.Group):
@@ -117,6 +129,16 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     """
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _guarded(work, arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each start which kernels a CPU would like to have
     try:
         code = work(arguments)
@@ -135,8 +157,12 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
         return _fail_usage(error)
     except click.ClickException as error:
         return _fail(f"lorabooth: {error.format_message()}")
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; run the same command again to go on", code=EXIT_INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click makes an Abort of an interruption; a command that cannot go on has said what became of its work.
+        said = str(error.__cause__ or error)
+        return _fail(said or "interrupted; run the same command again to go on", code=EXIT_INTERRUPTED)
+    except Terminated:
+        return EXIT_TERMINATED
     except BrokenPipeError:
         return _reader_gone()
     except OSError as error:

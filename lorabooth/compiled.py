@@ -1,12 +1,13 @@
 """A transformer's blocks compiled one by one: 57 blocks are two kinds of code, so two compilations do for all (regional compilation)."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from lorabooth.notes import note
 
 
 def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callable[[], None], otherwise: str) -> bool:
@@ -27,6 +28,6 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
         for block in blocks:
             block._compiled_call_impl = None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"note: the blocks cannot be compiled here, {otherwise} goes on without ({type(error).__name__}: {reason})", file=sys.stderr)
+        note(f"the blocks cannot be compiled here, {otherwise} goes on without ({type(error).__name__}: {reason})")
         return False
     return True

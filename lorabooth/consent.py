@@ -16,6 +16,7 @@ import click
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.notes import note
 from lorabooth.runs import RunDir, write_durable
 
 Way = Literal["option", "terminal", "remembered"]
@@ -95,7 +96,7 @@ def _remember(way: Way) -> Consent:
     try:
         write_durable(_file(), json.dumps(asdict(consent), indent=1).encode())
     except OSError as error:  # a home that cannot be written, as in a container, must not stop a training
-        click.echo(f"note: the consent is recorded in the run, but cannot be remembered ({error.strerror})", err=True)
+        note(f"the consent is recorded in the run, but cannot be remembered ({error.strerror})")
     return consent
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, one_line
 
 ARCHIVE_BYTES_LIMIT = 1 << 30
 ENTRIES_LIMIT = 2_000
@@ -116,7 +116,7 @@ def is_system_file(name: str) -> bool:
 
 def printable(name: str) -> str:
     """A name from an archive made fit for one line of a terminal: no control characters, the end of it where it is long."""
-    clean = "".join(character if character.isprintable() else "?" for character in name) or "(no name)"
+    clean = one_line(name) or "(no name)"
     return clean if len(clean) <= 100 else "…" + clean[-99:]
 
 

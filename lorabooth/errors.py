@@ -10,14 +10,15 @@ class UserError(Exception):
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
-        self.message = _one_line(message)
-        self.hint = _one_line(hint)
+        self.message = one_line(message)
+        self.hint = one_line(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text with question marks for what is not to be printed: line ends, control characters."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -223,6 +223,8 @@ class LoraFile:
 
 def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file. Format: 8 bytes length (little endian), JSON, tensor bytes."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file that can be read at any place of it", hint="download it into a file")
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))

@@ -106,7 +106,7 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
     down, up = (parts[side][1].float().flatten(1) if parts[side][1].ndim > 1 else parts[side][1].float() for side in ("down", "up"))
     outputs, inputs = sum(_count(row) for row in rows), sizes[rows[0].module][1]
     made_for = file.metadata.get("lorabooth.base") or "another model"
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
         raise UserError(f"{file.path.name} is damaged: the two halves of {name} do not fit together ({tuple(down.shape)} and {tuple(up.shape)})")
     if (up.shape[0], down.shape[1]) != (outputs, inputs):
         raise UserError(

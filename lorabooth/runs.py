@@ -8,8 +8,10 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 
 
-def write_durable(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all; once it returns, a power cut cannot take it back."""
+def write_durable(path: Path, data: bytes, new: bool = False) -> None:
+    """Write `data` to `path` whole or not at all; once it returns, a power cut cannot take it back.
+
+    new: a FileExistsError where `path` is there, whichever process made it, and however late.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            path.touch(exist_ok=False)  # the name is taken in one step; a hard link would do it, too, but not every disk has them
         publish(temporary, path)
     except BaseException:  # a full disk, Ctrl-C: leave no litter
         temporary.unlink(missing_ok=True)
@@ -36,6 +43,25 @@ def publish(temporary: Path, path: Path) -> None:
     """Rename a finished file or folder into place and fsync the folder that holds it."""
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def prepared(folder: Path) -> Iterator[None]:
+    """Make a folder and see whether it can be written to, before the work whose results go there; raises the OSError that would come after it.
+
+    A new folder that is still empty when the work fails goes again.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from lorabooth.errors import StageFailed, UserError
+from lorabooth.notes import note
 from lorabooth.runs import RunDir
 
 STAGES = {
@@ -35,8 +36,8 @@ def run_stage(name: str, run_dir: RunDir, launch: str = "") -> None:
     if run_dir.config.model == "mini" and not launch:
         stage = load(module, function)
         if name == "caption":
-            for note in stage(run_dir.path):
-                print(f"note: {note}", file=sys.stderr)
+            for line in stage(run_dir.path):
+                note(line)
         else:
             stage(run_dir)
         return

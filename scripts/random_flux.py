@@ -9,16 +9,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-from lorabooth import hub
 from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
+from lorabooth.families.flux1_dev import CONFIGS
 
 POOL = 2**23 + 9
 """How many random numbers are drawn; no divisor of a width, so that no two rows are alike."""
-SCHEDULER = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-
-CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768, "vocab_size": 49408}
-T5 = {"d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
-"""Those of FLUX.1-dev's text encoders that say how large they are: they take room in a plan, and are never made."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +33,8 @@ class Size:
     @property
     def vae(self) -> dict[str, Any]:
         """Arguments of the autoencoder: FLUX.1's own but for the channels."""
-        return {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": self.vae_channels,
-            "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": self.vae_groups, "sample_size": self.sides_px[-1],
-            "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
-        }  # fmt: skip
+        own = {"block_out_channels": self.vae_channels, "norm_num_groups": self.vae_groups, "sample_size": self.sides_px[-1]}
+        return CONFIGS["vae/config.json"] | own
 
     def tflop(self, px: int) -> tuple[float, float]:
         """Forward pass over one picture: matrix products of the blocks, and attention, in 10**12 operations."""
@@ -57,13 +49,8 @@ class Size:
         return 2 * gemm + 3 * attention
 
 
-# transformer/config.json and vae/config.json of black-forest-labs/FLUX.1-dev.
 DEV = Size(
-    "FLUX.1-dev, random weights",
-    {
-        "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-        "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-    },
+    "FLUX.1-dev, random weights", CONFIGS["transformer/config.json"],
     vae_channels=(128, 256, 512, 512), vae_groups=32, text_tokens=512, sides_px=(512, 768, 1024), gemm=8192,
 )  # fmt: skip
 TINY = Size(
@@ -81,11 +68,11 @@ class RandomFlux(Flux1):
 
     def transformer(self, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
         """The transformer, frozen."""
-        return random_weights(FluxTransformer2DModel, hub.component_config(self.model, "transformer"), device, dtype)
+        return random_weights(FluxTransformer2DModel, self.config("transformer"), device, dtype)
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder, frozen."""
-        return random_weights(AutoencoderKL, hub.component_config(self.model, "vae"), device, dtype)
+        return random_weights(AutoencoderKL, self.config("vae"), device, dtype)
 
 
 def random_weights(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -109,10 +96,11 @@ def random_weights(kind: Any, config: dict[str, Any], device: torch.device, dtyp
 
 def write_model(folder: Path, size: Size) -> RandomFlux:
     """The configs of a model, as a pipeline's folder has them."""
-    files = {"model_index.json": {"_class_name": "FluxPipeline"}, "scheduler/scheduler_config.json": SCHEDULER}
+    files = {"model_index.json": {"_class_name": "FluxPipeline"}, **CONFIGS}
     files |= {"transformer/config.json": {"_class_name": "FluxTransformer2DModel"} | size.transformer, "vae/config.json": size.vae}
     files |= {"tokenizer_2/tokenizer_config.json": {"model_max_length": size.text_tokens}}
-    files |= {"text_encoder/config.json": CLIP, "text_encoder_2/config.json": T5 | {"d_model": size.transformer["joint_attention_dim"]}}
+    # The text encoders take room in a plan, and are never made.
+    files["text_encoder_2/config.json"] = CONFIGS["text_encoder_2/config.json"] | {"d_model": size.transformer["joint_attention_dim"]}
     for name, value in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The detail pass: which faces, how strongly, and that nothing else changes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from infer.detail import FACES_LIMIT, NOISE, Detail, face_prompt, face_seed, ova
 from infer.engine import Engine
 from infer.finish import Finishing, FinishOptions
 from infer.loras import LoraChoice, resolve
-from infer.request import Request
+from infer.request import Request, Source
 from infer.spots import Spot
 from lorabooth.check import faces
 from lorabooth.cli import main
@@ -113,6 +113,17 @@ def test_a_square_is_moved_into_the_picture():
     assert spots.inside((10, 10, 210, 210), (192, 100)) == (60, 0, 160, 100)
     spot = spots._spot((2, 3, 20, 27), (192, 112))
     assert spot.crop == (0, 0, 48, 48) and spot.oval[0] < 0
+
+
+def test_what_a_mask_keeps_is_not_redrawn(engine: Engine, lora: LoraChoice):
+    before = wide()
+    mask = Image.new("L", before.size)
+    mask.paste(255, (0, 0, 72, before.height))  # half of the first face
+    request = replace(REQUEST, width_px=192, height_px=112, source=Source(before, mask))
+    done = redraw_faces(engine, request, 7, before, (lora,), Detail("strong"), finder=lambda _: [SPOT, OTHER])
+    changes = changed(before, done.image)
+    assert changes[28:80, 50:72].any() and not changes[:, 72:].any()
+    assert [face.face for face in done.faces] == [SPOT.face]
 
 
 def test_only_the_oval_changes_and_the_same_again_is_the_same(engine: Engine, lora: LoraChoice):
@@ -225,11 +236,7 @@ def test_a_bad_option_is_one_sentence(options: list[str], words: str, tmp_path: 
     assert words in said and "Traceback" not in said and not (tmp_path / "out").exists()
 
 
-def test_where_likeness_cannot_be_measured_the_pass_goes_on_with_a_note(lora: LoraChoice):
-    notes: list[str] = []
-
-    class Photographs:
-        family = Large("mini")
-
-    finishing = Finishing.read(FinishOptions(detail="face"), Photographs(), (lora,), 1, notes.append)  # type: ignore[arg-type]
-    assert finishing.likeness is None and len(notes) == 1 and "dinov2" in notes[0]
+def test_where_likeness_cannot_be_measured_the_pass_goes_on_with_a_note(lora: LoraChoice, capsys: pytest.CaptureFixture[str]):
+    finishing = Finishing.read(FinishOptions(detail="face"), 1024, (lora,), 1)
+    [said] = capsys.readouterr().err.splitlines()
+    assert finishing.likeness is None and said.startswith("note: ") and "dinov2" in said

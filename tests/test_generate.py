@@ -73,9 +73,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def test_one_picture_is_one_file_that_says_how_it_was_made(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for form in ("webp", "png", "jpg"):
+    for number, form in enumerate(("webp", "png", "jpg")):
         assert main(["generate", PROMPT, "--lora", f"{tiny_run}:0.8", "--seed", "7", *FAST[2:], "--format", form, "--out", str(tmp_path)]) == 0
-        file = tmp_path / f"out-0.{form}"
+        file = tmp_path / f"out-{number}.{form}"
         assert capsys.readouterr().out == f"{file}\n"
         with Image.open(file) as image:
             assert (image.format, image.size) == ({"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}[form], (64, 64))
@@ -86,7 +86,7 @@ def test_one_picture_is_one_file_that_says_how_it_was_made(tiny_run: Path, tmp_p
         [lora] = made["loras"]
         assert lora == {"name": "tiny", "sha256": LoraFile.read(tiny_run / "lora.safetensors").sha256, "weight": 0.8}
         assert str(tiny_run) not in json.dumps(made), "a path of this machine would travel with the picture"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out-0.jpg", "out-0.png", "out-0.webp"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out-0.webp", "out-1.png", "out-2.jpg"]
 
 
 def test_parameters_are_where_other_programs_look_for_them(tmp_path: Path):
@@ -297,11 +297,14 @@ def one_problem(capsys: pytest.CaptureFixture[str]) -> str:
         (["-n", "0"], ["0", "from 1 to 64"]),
         (["--guidance", "99"], ["99", "from 0 to 10"]),
         (["--guidance", "nan"], ["nan", "from 0 to 10"]),
-        (["--seed", "-1"], ["-1"]),
+        (["--seed", "-1"], ["-1", "to 4,294,967,295"]),
         (["--seed", str(2**32)], ["from 0 to"]),
         (["--width", "100", "--height", "64"], ["100", "multiple of 16"]),
-        (["--width", "64", "--height", "8"], ["8", "from 64 to 1536"]),
-        (["--width", "0"], ["width", "from 64 to 1536"]),
+        (["--width", "64", "--height", "8"], ["8", "from 64 to 1,536"]),
+        (["--width", "0"], ["width", "from 64 to 1,536"]),
+        (["--seed", str(10**400)], ["seed is too large"]),
+        (["--detail-faces", "2"], ["needs --detail"]),
+        (["--blocks-to-swap", "99999"], ["99999", "57"]),
         (["--format", "gif"], ["'gif'", "webp"]),
         (["--quality", "101"], ["101", "0<=x<=100"]),
         (["--lora", "runs/none"], ["runs/none"]),

@@ -231,3 +231,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tensors: dict[str, Tensor]
     with pytest.raises(UserError, match=message) as caught:
         read(formats.write(tmp_path / "x.safetensors", tensors))
     assert "\n" not in caught.value.message
+
+
+def test_a_layer_of_rank_0_is_damaged(tmp_path: Path):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    layer = {f"{name}.lora_A.weight": torch.zeros(0, 224), f"{name}.lora_B.weight": torch.zeros(224, 0), f"{name}.alpha": torch.tensor(4.0)}
+    file = formats.write(tmp_path / "a.safetensors", layer)
+    with pytest.raises(UserError, match="the two halves"):
+        additions(file, LAYOUT, CLIP, "mini")

@@ -209,6 +209,12 @@ def test_a_picture_made_again_overwrites_nothing_and_is_filtered(tmp_path: Path,
     assert main(["reproduce", str(tmp_path / "mine.jpeg"), "--no-filter"]) == 0 and (tmp_path / "mine-again-3.jpeg").exists()
 
 
+def test_a_sheet_of_several_pictures_is_not_taken_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a person", "--model", "mini", *FAST, "-n", "2", "--out", str(tmp_path)]) == 0
+    assert main(["reproduce", str(tmp_path / "contact-sheet.png")]) == 2
+    assert "shows several pictures" in capsys.readouterr().err
+
+
 def test_a_changed_picture_is_not_called_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "a person", "--model", "mini", *FAST, "--format", "png", "--out", str(tmp_path)]) == 0
     making = picture.making_of(tmp_path / "out-0.png")
@@ -230,6 +236,8 @@ BAD: list[Any] = [
     {"num_inference_steps": 10**9}, {"guidance_scale": 1e999}, {"detail": {"strength": "huge", "prompt": None, "faces": []}}, {"cache": 3},
     {"precision": "fp1"},
     {"seed": 10**400}, {"width": 10**400}, {"num_inference_steps": 10**400}, {"guidance_scale": 10**400},
+    {"lorabooth": "\x1b[2J"}, {"detail": {"what": "face", "strength": float("nan"), "prompt": None, "faces": []}}, {"contact_sheet": True},
+    {"detail": {"what": "face", "strength": "normal", "prompt": "x" * 4000, "faces": []}}, {"likeness": "x" * 70_000}, {"negative_prompt": "hats"},
     {"true_cfg_scale": 0}, {"output_quality": 101}, {"loras": [{"name": "\n" * 400, "sha256": "0" * 64, "weight": 1}]}, {"source": {"sha256": "0" * 64}},
 ]  # fmt: skip
 

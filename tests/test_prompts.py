@@ -82,7 +82,7 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_files_that_are_no_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "prompts.txt"
-    for content, words in ((b"# a\n\n", "no line"), (b"\xff\xfea", "UTF-8"), (b"a\n" * 201, "201 lines; the limit is 200"), (b"a" * 5_000_000, "4 MB")):
+    for content, words in ((b"# a\n\n", "no line"), (b"\xff\xfea", "UTF-8"), (b"a\n" * 201, "201 lines; the limit is 200"), (b"a" * 5_000_000, "4 MiB")):
         file.write_bytes(content)
         assert words in problem(["--prompts", str(file)], tmp_path / "out", capsys)
     assert "no file" in problem(["--prompts", str(tmp_path / "none")], tmp_path / "out", capsys)

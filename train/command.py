@@ -16,6 +16,7 @@ from lorabooth import consent, stages
 from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
+from lorabooth.notes import note
 from lorabooth.photos import ingest
 from lorabooth.runs import RunDir, sha256_file
 
@@ -193,5 +194,5 @@ def _say_licence(model: str) -> None:
 
 
 def _say(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    for line in notes:
+        note(line)

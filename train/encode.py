@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, Flux1
+from lorabooth.notes import note
 from lorabooth.photos import Bucket, Manifest, fit
 from lorabooth.runs import RunDir, sha256_file
 from train.base import pinned
@@ -96,8 +96,8 @@ def _encode_pictures(run_dir: RunDir, family: Flux1, manifest: Manifest) -> None
     missing = [item for item, key in keys.items() if cached_key(run_dir.cache / item.latents_name) != key]
     if not missing:
         return
-    for note in enlarged(manifest, run_dir.config):
-        print(f"note: {note}", file=sys.stderr)
+    for line in enlarged(manifest, run_dir.config):
+        note(line)
     pinned(run_dir, "vae")
     device = compute_device()
     vae = family.vae(device, base_dtype(device))

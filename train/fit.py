@@ -24,6 +24,7 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
 from lorabooth.lora import LoraSpec, shorten, tensors
+from lorabooth.notes import note
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
 from lorabooth.sizes import GB
@@ -70,7 +71,7 @@ def run(run_dir: RunDir) -> None:
                         f"the GPU's memory ran out with this plan: {plan}; the run is saved",
                         hint=f"go on with these settings: {lighter}" if lighter else "start a new run with a lower --resolution or --batch-size",
                     )
-                print(f"note: the GPU's memory ran out; going on from the last step with: {lighter}", file=sys.stderr)
+                note(f"the GPU's memory ran out; going on from the last step with: {lighter}")
                 plan = lighter
         finally:
             end_trackers(accelerator)

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import torch
 
-from lorabooth.families import load_family
+from lorabooth.families import family_to_plan
 from lorabooth.machine import memory_bytes
-from lorabooth.sizes import GB
+from lorabooth.sizes import GB, GIGABYTES
 from lorabooth.speed import ASSUMED, measured
 from train.command import config_options, recipe_config
 from train.plan import choose, table
@@ -19,8 +19,8 @@ from train.planning import HOST_SHARE, shapes_of
 
 @click.command()
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file of settings; options given here win over it. [default: none]")
-@click.option("--vram-gb", type=click.FloatRange(min=1), help="Free memory of the GPU in GB. [default: what is free on the first one]")
-@click.option("--ram-gb", type=click.FloatRange(min=1), help="Free memory of the host in GB. [default: what is free here]")
+@click.option("--vram-gb", type=GIGABYTES, help="Free memory of the GPU in GB. [default: what is free on the first one]")
+@click.option("--ram-gb", type=GIGABYTES, help="Free memory of the host in GB. [default: what is free here]")
 @click.option("--json", "as_json", is_flag=True, help="Print every plan that fits as JSON, the fastest first; bytes and seconds.")
 @config_options
 def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_json: bool, **values: Any) -> None:
@@ -38,7 +38,7 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
     host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
     speed = measured() if torch.cuda.is_available() else ASSUMED
-    estimates = choose(shapes_of(config, load_family(config.model)), config, speed, gpu_bytes, host_bytes)
+    estimates = choose(shapes_of(config, family_to_plan(config.model)), config, speed, gpu_bytes, host_bytes)
     if as_json:
         rows = [asdict(e) | {"bytes": e.bytes} for e in estimates]
         click.echo(json.dumps({"gpu_bytes": gpu_bytes, "host_bytes": host_bytes, "speed": asdict(speed), "plans": rows}, indent=1))

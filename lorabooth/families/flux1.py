@@ -116,15 +116,19 @@ class Flux1:
             return LICENCES["mini"]
         return LICENCES["schnell" if "schnell" in Path(self.model).name.lower() else "dev"]
 
+    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        """The configuration of a component, without its weights."""
+        return hub.component_config(self.model, component, name)
+
     @cached_property
     def native_px(self) -> int:
         """Side of the square picture the model was made for: 1024 for FLUX.1-dev, 128 for mini."""
-        return int(hub.component_config(self.model, "vae")["sample_size"])
+        return int(self.config("vae")["sample_size"])
 
     @cached_property
     def uses_guidance(self) -> bool:
         """Whether the transformer takes a guidance scale (dev) or not (schnell)."""
-        return bool(hub.component_config(self.model, "transformer")["guidance_embeds"])
+        return bool(self.config("transformer")["guidance_embeds"])
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder, frozen."""
@@ -137,12 +141,12 @@ class Flux1:
     def empty_transformer(self) -> FluxTransformer2DModel:
         """The transformer on the meta device: names and shapes without memory."""
         with init_empty_weights():
-            return FluxTransformer2DModel.from_config(hub.component_config(self.model, "transformer"))
+            return FluxTransformer2DModel.from_config(self.config("transformer"))
 
     @cached_property
     def text_tokens(self) -> int:
         """Length to which T5 pads a prompt: 512 for FLUX.1-dev."""
-        return min(hub.component_config(self.model, "tokenizer_2", "tokenizer_config.json")["model_max_length"], T5_TOKENS)
+        return min(self.config("tokenizer_2", "tokenizer_config.json")["model_max_length"], T5_TOKENS)
 
     def clip(self, device: torch.device, dtype: torch.dtype) -> CLIPTextModel:
         """The CLIP text encoder, frozen."""
@@ -151,11 +155,11 @@ class Flux1:
     def empty_clip(self) -> CLIPTextModel:
         """CLIP on the meta device: names and shapes without memory."""
         with init_empty_weights():
-            return CLIPTextModel(CLIPTextConfig(**hub.component_config(self.model, "text_encoder")))
+            return CLIPTextModel(CLIPTextConfig(**self.config("text_encoder")))
 
     def count_weights(self, component: str) -> int:
         """How many weights the VAE or a text encoder has, from its config."""
-        config = hub.component_config(self.model, component)
+        config = self.config(component)
         with torch.device("meta"):  # which keeps tied weights one
             if component == "vae":
                 part: torch.nn.Module = AutoencoderKL.from_config(config)
@@ -239,7 +243,7 @@ class Flux1:
     @cached_property
     def shift_config(self) -> dict[str, Any]:
         """Arguments of `flow.resolution_mu` from the scheduler's config; schnell has a fixed shift of none."""
-        config = hub.component_config(self.model, "scheduler", "scheduler_config.json")
+        config = self.config("scheduler", "scheduler_config.json")
         if not config.get("use_dynamic_shifting"):
             return {"base_shift": 0.0, "max_shift": 0.0}
         return {
