@@ -238,4 +238,4 @@ def test_a_layer_of_rank_0_is_damaged(tmp_path: Path):
     layer = {f"{name}.lora_A.weight": torch.zeros(0, 224), f"{name}.lora_B.weight": torch.zeros(224, 0), f"{name}.alpha": torch.tensor(4.0)}
     file = formats.write(tmp_path / "a.safetensors", layer)
     with pytest.raises(UserError, match="the two halves"):
-        additions(file, LAYOUT, CLIP, "mini")
+        additions(LoraFile.read(file), LAYOUT, CLIP, "mini")
