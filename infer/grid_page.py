@@ -6,11 +6,11 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 from infer import picture
 from infer.grid import Grid
+from lorabooth.pages import page
 from lorabooth.runs import write_durable
 
 CELL_PX = 256
@@ -104,7 +104,6 @@ def _write(draw: ImageDraw.ImageDraw, lines: list[str], x: int, y: int, font: Fo
 
 def write_html(grid: Grid, title: str) -> Path:
     """Write index.html: thumbnails inside the page, each a link to the full picture beside it."""
-    environment = Environment(loader=PackageLoader("infer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rows: list[tuple[str, list[dict[str, str]]]] = [(request.prompt, []) for request in grid.rows]
     for cell, image in grid.pictures(CELL_PX):
         data = io.BytesIO()
@@ -112,6 +111,6 @@ def write_html(grid: Grid, title: str) -> Path:
         link = cell.file.relative_to(grid.folder).as_posix()
         rows[cell.row][1].append({"link": link, "data": base64.b64encode(data.getvalue()).decode(), "column": grid.columns[cell.column].label})
     file = grid.folder / "index.html"
-    page = environment.get_template("grid.html").render(title=title, columns=[column.label for column in grid.columns], rows=rows)
-    write_durable(file, page.encode())
+    text = page("infer", "grid.html", title=title, columns=[column.label for column in grid.columns], rows=rows)
+    write_durable(file, text.encode())
     return file

@@ -9,7 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,6 +33,22 @@ def run_stage(name: str, run_dir: RunDir, launch: str = "") -> None:
 
     launch: what starts the training stage in place of this Python, such as `accelerate launch --num_processes 2`.
     """
+    with _timed(name, run_dir):
+        _run(name, run_dir, launch)
+
+
+@contextmanager
+def _timed(name: str, run_dir: RunDir) -> Iterator[None]:
+    """Add the time that a stage takes to those of the run; each session of one that was interrupted counts."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        times = run_dir.read_json("timings.json") or {}
+        run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
+
+
+def _run(name: str, run_dir: RunDir, launch: str) -> None:
     module, function, words = STAGES[name]
     launch = launch if name == "fit" else ""
     if run_dir.config.model == "mini" and not launch:

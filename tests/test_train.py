@@ -35,6 +35,7 @@ from lorabooth.families import load_family
 from lorabooth.photos import Bucket, Manifest, ingest
 from lorabooth.runs import RunDir
 from train import encode, fit
+from train import report as train_report
 from train.__main__ import main as train_stages
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.command import recipe_config, train
@@ -322,9 +323,16 @@ def test_a_run_leaves_a_described_lora_previews_metrics_and_a_report(tiny_run: P
     assert [row["step"] for row in run.history() if "loss" in row] == [1, 2, 3, 4]
     assert sorted(file.name for file in run.samples.iterdir()) == ["step-000000-0.png", "step-000004-0.png"]
     report = (tiny_run / "report.html").read_text()
-    assert report.count("data:image/png") == 2 and "<svg" in report and "http" not in report.replace("huggingface.co", "")
+    assert report.count("data:image/webp") == 2 + 3 and "<svg" in report and not re.search(r"(src|href)=.?(http|//|\./)", report)
+    assert "0.0 s" not in report.split("time of fit")[1][:60] and f"<td>{torch.__version__}</td>" in report
     litter = [file for file in tiny_run.rglob("*") if ".part" in file.name]
     assert not litter
+
+
+def test_a_report_shows_captions_of_strangers_as_text(tiny_run: Path, tmp_path: Path):
+    run = RunDir(shutil.copytree(tiny_run, tmp_path / "run"))
+    next(run.captions.iterdir()).write_text("</figcaption><script>alert(1)</script>")
+    assert "&lt;script&gt;" in (page := train_report.write(run).read_text()) and "<script" not in page
 
 
 def test_plain_diffusers_loads_the_lora_and_makes_the_picture_that_the_generator_makes(tiny_run: Path, mini_pipe: FluxPipeline):

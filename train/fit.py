@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from lorabooth import __version__
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
@@ -85,7 +86,9 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
         load_checkpoint(run_dir, trainer.state)
         trainer.show_weights()
         if accelerator.is_main_process:
-            run_dir.log(event="plan", step=trainer.state.step, plan=str(plan))
+            device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
+            made_by = {"device": device, "torch": torch.__version__, "lorabooth": __version__}
+            run_dir.log(event="plan", step=trainer.state.step, plan=str(plan), **made_by)
             start_trackers(accelerator, run_dir, trainer.state.step)
         if wanted(run_dir.config.compile_blocks, plan, accelerator.device, run_dir.config.steps - trainer.state.step):
             compile_blocks(trainer)

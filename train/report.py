@@ -1,35 +1,45 @@
-"""RUN/report.html: what happened in a run, in one file that needs no network."""
+"""RUN/report.html: what happened in a run, in one file that needs no network. It shows the photos, so it stays with the run."""
 
-import base64
-import html
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-from lorabooth import consent
+from lorabooth import consent, hub
+from lorabooth.config import TrainConfig
+from lorabooth.pages import page, thumbnail
+from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
 
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{border-radius:6px}"
-    "figure{display:inline-block;margin:.3rem;text-align:center}td{padding:.1rem 1rem .1rem 0;vertical-align:top}figcaption{font-size:.8rem;color:#555}"
-)
+COLUMNS, PHOTOS = 10, 60
+"""Steps whose previews are shown, and photos: a page of a thousand opens in no browser."""
+PREVIEW_PX, PHOTO_PX = 256, 256
 
 
 def write(run: RunDir) -> Path:
-    """Write the report from metrics.jsonl, samples/ and config.json; its path."""
+    """Write the report from what the run has recorded; its path."""
     config = run.config
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.recipe().items())
-    validation = f"<h2>Loss of the photos held out</h2>{loss_curve(run, 'validation')}" if config.validation_photos else ""
-    agreed = consent.recorded(run)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.trigger_word)} - lorabooth run</title><style>{STYLE}</style>'
-        f"<h1>{html.escape(config.trigger_word)}</h1><p>A LoRA of {html.escape(config.model)}, {config.steps} steps. Use it: "
-        f"<code>{html.escape(generate_command(run))}</code></p>"
-        f"{f'<p>{html.escape(agreed.sentence())}</p>' if agreed else ''}"
-        f"<h2>Previews</h2>{_previews(run)}<h2>Loss</h2>{loss_curve(run)}{validation}<h2>Recipe</h2><table>{rows}</table></html>"
-    )
+    steps, previews = _previews(run, config)
+    shown = [step for i, step in enumerate(steps) if i % -(-len(steps) // COLUMNS) == 0 or step == steps[-1]]
+    agreed, photos = consent.recorded(run), Manifest.load(run.path).photos
+    defaults = TrainConfig(trigger_word=config.trigger_word).recipe()
+    values: dict[str, Any] = {
+        "config": config,
+        "base": hub.display_name(config.model),
+        "command": generate_command(run),
+        "consent": agreed.sentence() if agreed else "",
+        "steps": shown,
+        "thinned": len(shown) < len(steps),
+        "previews": [(prompt, [thumbnail(files[step], PREVIEW_PX) if step in files else "" for step in shown]) for prompt, files in previews],
+        "curve": loss_curve(run),
+        "validation": loss_curve(run, "validation") if config.validation_photos else "",
+        "count": len(photos),
+        "photos": [{"picture": thumbnail(run.photos / photo.file, PHOTO_PX), "caption": _caption(run, photo.file)} for photo in photos[:PHOTOS]],
+        "facts": facts(run),
+        "recipe": [(name, _shown(value), value != defaults[name]) for name, value in config.recipe().items()],
+    }
     file = run.path / "report.html"
-    write_durable(file, page.encode())
+    write_durable(file, page("train", "report.html", **values).encode())
     return file
 
 
@@ -39,20 +49,39 @@ def generate_command(run: RunDir) -> str:
     return f'lorabooth generate "a portrait of {run.config.trigger_word}" --lora {shlex.quote(str(run.path))}{model}'
 
 
-def data_uri(picture: Path) -> str:
-    """A PNG as a data URI, so that a page is one file."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def facts(run: RunDir) -> list[tuple[str, str]]:
+    """Machine, plan and times, as far as they were recorded; a plan for each session that had another."""
+    sessions = [row for row in run.history() if row.get("event") == "plan"]
+    found = [("plan" if not row.get("step") else f"plan from step {row['step']}", str(row["plan"])) for row in sessions]
+    found += [(name, str(sessions[-1][name])) for name in ("device", "torch", "lorabooth") if sessions and name in sessions[-1]]
+    seconds: dict[str, float] = run.read_json("timings.json") or {}
+    found += [(f"time of {stage}", duration(value)) for stage, value in seconds.items()]
+    return found + ([("a step, all in all", f"{seconds['fit'] / run.config.steps:.2f} s")] if "fit" in seconds else [])
 
 
-def _previews(run: RunDir) -> str:
-    config = run.config
-    out = []
-    for i, prompt in enumerate(config.preview_prompts):
-        out.append(f"<h3>{html.escape(prompt.replace('[trigger]', config.trigger_word))}</h3>")
-        for file in sorted(run.samples.glob(f"step-*-{i}.png")):
-            step = int(re.findall(r"step-(\d+)", file.name)[0])
-            out.append(f'<figure><img src="{data_uri(file)}" alt="preview at step {step}" width="160"><figcaption>step {step}</figcaption></figure>')
-    return "".join(out)
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _shown(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _caption(run: RunDir, photo: str) -> str:
+    file = run.captions / f"{Path(photo).stem}.txt"
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+
+
+def _previews(run: RunDir, config: TrainConfig) -> tuple[list[int], list[tuple[str, dict[int, Path]]]]:
+    """The steps that have previews, and for each prompt its pictures by step."""
+    found: list[tuple[str, dict[int, Path]]] = [(prompt.replace("[trigger]", config.trigger_word), {}) for prompt in config.preview_prompts]
+    for file in run.samples.glob("step-*.png"):
+        if (match := re.fullmatch(r"step-(\d+)-(\d+)", file.stem)) and int(match[2]) < len(found):
+            found[int(match[2])][1][int(match[1])] = file
+    return sorted({step for _, files in found for step in files}), found
 
 
 def loss_curve(run: RunDir, event: str = "step", width: int = 800, height: int = 240) -> str:
@@ -60,9 +89,9 @@ def loss_curve(run: RunDir, event: str = "step", width: int = 800, height: int =
     points = [(row["step"], row["loss"]) for row in run.history() if "loss" in row and row.get("event", "step") == event]
     if not points:
         return "<p>no steps yet</p>"
-    smooth, mean = [], points[0][1]
-    for step, loss in points:
-        mean = 0.95 * mean + 0.05 * loss
+    smooth, mean = [], 0.0
+    for i, (step, loss) in enumerate(points):
+        mean += max(0.05, 1 / (i + 1)) * (loss - mean)
         smooth.append((step, mean))
     top, last = max(loss for _, loss in points) or 1, max(points[-1][0], 1)
 
@@ -70,8 +99,8 @@ def loss_curve(run: RunDir, event: str = "step", width: int = 800, height: int =
         return " ".join(f"{step / last * width:.1f},{height - value / top * height:.1f}" for step, value in line)
 
     return (
-        f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="loss by step" style="width:100%">'
-        f'<polyline points="{path(points)}" fill="none" stroke="#bcd"/><polyline points="{path(smooth)}" fill="none" stroke="#06c" stroke-width="2"/>'
-        f'<text x="0" y="14" font-size="12">{top:.3f}</text><text x="0" y="{height + 16}" font-size="12">step 1</text>'
-        f'<text x="{width}" y="{height + 16}" font-size="12" text-anchor="end">step {last}, mean {mean:.4f}</text></svg>'
+        f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="loss by step">'
+        f'<polyline class="each" points="{path(points)}"/><polyline class="mean" points="{path(smooth)}"/>'
+        f'<text x="0" y="14">{top:.3f}</text><text x="0" y="{height + 16}">step {points[0][0]}</text>'
+        f'<text x="{width}" y="{height + 16}" text-anchor="end">step {last}, mean {mean:.4f}</text></svg>'
     )

@@ -1,13 +1,11 @@
 """The contact sheet: all photos with their findings on one page, for a person to look through. One file; it asks no network for anything."""
 
-import base64
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lorabooth.check import faces
 from lorabooth.check.report import Report, line
 from lorabooth.errors import UserError
+from lorabooth.pages import page
 from lorabooth.runs import write_durable
 
 
@@ -26,12 +24,12 @@ def write_sheet(report: Report, file: Path, title: str) -> None:
 
 def render(report: Report, title: str) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("lorabooth.check", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     first = [checked for checked in report.photos if checked.photo.file in report.flawed]
     others = [checked for checked in report.photos if checked.photo.file not in report.flawed]
     verdict, reason = report.judgement
-    return environment.get_template("sheet.html").render(
+    return page(
+        "lorabooth.check",
+        "sheet.html",
         title=title,
         verdict=verdict,
         reason=reason,
