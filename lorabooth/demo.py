@@ -42,6 +42,7 @@ def demo(out: Path) -> None:
     """
     started = time.monotonic()
     from lorabooth.mini import likeness
+    from lorabooth.runs import RunDir
 
     click.echo(f"A person the mini model has never seen, {people.PHOTOS} photos, trigger word {TRIGGER}.")
     run = _train(out)
@@ -57,6 +58,8 @@ def demo(out: Path) -> None:
     truths = [scene.truth for scene in scenes]
     click.echo("measuring the pictures against the truth")
     scores = {"before": likeness.score(before, truths), "after": likeness.score(after, truths)}
+    means = {group: likeness.mean(scores["after"], names) for group, names in (("identity right", world.IDENTITY), ("scene right", world.SCENE))}
+    RunDir(run).write_json("likeness.json", {"by": f"the drawing nearest to each of {SCENES} pictures of new scenes", "scores": means})
     seconds, peak_gb = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     note = f"{seconds:.0f} s on this machine, peak memory {peak_gb:.1f} GB."
     _write(out, rows, [scene.caption for scene in scenes], scores, note)

@@ -53,6 +53,8 @@ class Licence:
     """What a base asks of those who use it."""
 
     name: str
+    hub_name: str
+    """What the hub calls it."""
     url: str
     commercial: bool
     duties: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Licence:
 LICENCES = {
     "dev": Licence(
         "FLUX.1 [dev] Non-Commercial License v1.1.1",
+        "flux-1-dev-non-commercial-license",
         "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
         commercial=False,
         duties=(
@@ -69,9 +72,16 @@ LICENCES = {
             "pass the licence on with every LoRA",
         ),
     ),
-    "schnell": Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
-    "mini": Licence("Apache-2.0 (drawings: python-avatars, MIT)", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
+    "schnell": Licence("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
+    "mini": Licence("Apache-2.0 (drawings: python-avatars, MIT)", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
 }
+
+
+def licence_of(model: str) -> Licence:
+    """The licence by a model's name; an unknown fine-tune is taken to carry the stricter one."""
+    if model == "mini":
+        return LICENCES["mini"]
+    return LICENCES["schnell" if "schnell" in Path(model).name.lower() else "dev"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,8 @@ class Flux1:
 
     @property
     def licence(self) -> Licence:
-        """The licence by the model's name; an unknown fine-tune is taken to carry the stricter one."""
-        if self.model == "mini":
-            return LICENCES["mini"]
-        return LICENCES["schnell" if "schnell" in Path(self.model).name.lower() else "dev"]
+        """The licence by the model's name."""
+        return licence_of(self.model)
 
     def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         """The configuration of a component, without its weights."""
