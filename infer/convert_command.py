@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from infer import loras as lora_store
 from infer.loras import LoraChoice
+from infer.same_picture import LEVELS, picture_difference
 from lorabooth import checkpoints
 from lorabooth.conversion import DTYPES, FORMATS, TOLERANCE, difference, merged, reduced, written
 from lorabooth.entry import printable
@@ -25,7 +26,7 @@ from lorabooth.notes import note
 from lorabooth.runs import RunDir, write_durable
 
 RANKS = click.IntRange(1, 1024)
-NOT_TRUE_ANY_MORE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+NOT_TRUE_ANY_MORE = ("lora_adapter_metadata", "sshs_legacy_hash")
 
 
 def format_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -105,10 +106,18 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
         again = Path(folder) / file.name
         again.write_bytes(data)
         far = difference(wanted, additions(LoraFile.read(again), layout, clip, model))
-    if far > TOLERANCE[precision]:
-        raise UserError(
-            f"the new file would not be the same LoRA: a layer differs by {far:.1%} (numbers too large or too small for {precision})", hint="use --dtype fp32"
-        )
+        if far > TOLERANCE[precision]:
+            raise UserError(
+                f"the new file would not be the same LoRA: a layer differs by {far:.1%} (numbers too large or too small for {precision})",
+                hint="use --dtype fp32",
+            )
+        apart = picture_difference(choices, again, model)
+    if isinstance(apart, str):
+        note(apart)
+    elif apart > LEVELS and not rank:
+        raise UserError(f"the new file would not make the same picture: it differs by {apart:.1f} of 255 on average", hint="use --dtype fp32")
+    else:
+        note(f"a picture with it differs by {apart:.2f} of 255 on average from one with {'the LoRA' if len(choices) == 1 else 'those LoRAs'}")
     write_durable(file, data)
     reduction = f"; rank {rank} keeps all but {lost:.2%} of the change" if rank else ""
     click.echo(f"{len(wanted.transformer) + len(wanted.clip)} layers, read again: they differ by at most {far:.1e}{reduction}", err=True)

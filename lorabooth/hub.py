@@ -44,6 +44,18 @@ def fetch(model: str, *patterns: str) -> Path:
     return folder if folder is not None else download(model, patterns)
 
 
+def is_here(model: str) -> bool:
+    """Whether the weights of a model's transformer are on this machine, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = model_folder(model) or Path(snapshot_download(model, local_files_only=True, allow_patterns=[]))
+    except (LocalEntryNotFoundError, UserError):
+        return False
+    return any(file.exists() for file in (folder / "transformer").glob("*.safetensors"))
+
+
 def component_folder(model: str, component: str) -> Path:
     """The folder of one component, such as 'vae'; a UserError where the model has none."""
     folder = fetch(model, *(f"{component}/{pattern}" for pattern in ALLOWED)) / component

@@ -169,10 +169,14 @@ def _described(state: dict[str, Tensor], prefix: str, spec: LoraSpec) -> dict[st
 
 
 def sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order of name; the library's order is random, and the same LoRA must be the same file."""
+    """A safetensors file with its metadata in order of name; the library's order is random, and the same LoRA must be the same file.
+
+    The hash of the tensors is added by the names under which others look for it.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    digest = hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()
+    header["__metadata__"] = dict(sorted((header["__metadata__"] | {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}).items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[8 + length :]

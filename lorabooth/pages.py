@@ -16,11 +16,11 @@ def page(package: str, template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def thumbnail(file: Path, px: int) -> str:
-    """A picture as a data URI, the longer side at most `px` long."""
+def thumbnail(file: Path, px: int, form: str = "WEBP") -> str:
+    """A picture as a data URI of that format, the longer side at most `px` long."""
     with Image.open(file) as image:
         image.draft("RGB", (px, px))
         small = ImageOps.contain(image.convert("RGB"), (px, px)) if max(image.size) > px else image.convert("RGB")
     out = io.BytesIO()
-    small.save(out, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
+    small.save(out, form, quality=85)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,6 +1,9 @@
 """LoRA files in other programs' formats: the same function on all layers there and back, read by diffusers, made again to the same picture."""
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import lora_formats as formats
@@ -11,11 +14,14 @@ from accelerate import init_empty_weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from infer import convert_command
 from infer.engine import Engine
 from infer.loras import resolve
 from infer.request import Request
+from infer.same_picture import picture_difference
 from lorabooth import conversion
 from lorabooth.cli import main
 from lorabooth.conversion import FORMATS, difference, merged, reduced, written
@@ -138,12 +144,30 @@ def test_an_export_makes_the_picture_of_its_run(form: str, tiny_run: Path, tmp_p
     assert main(["export", str(tiny_run), "--format", form, "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{out}\n" and "read again: they differ by at most" in printed.err
+    assert float(re.findall(r"a picture with it differs by ([\d.]+) of 255", printed.err)[0]) < 0.5
     engine = Engine("mini")
     assert np.abs(pixels(engine, out) - pixels(engine, tiny_run)).max() <= 1
     file, ours = LoraFile.read(out), LoraFile.read(tiny_run / "lora.safetensors")
     assert file.trigger_word == "TOK" and file.metadata["lorabooth.recipe"] == ours.metadata["lorabooth.recipe"]
     assert json.loads(file.metadata["lorabooth.made_of"]) == [{"name": "tiny", "sha256": ours.sha256, "weight": 1.0}]
     assert str(tiny_run) not in json.dumps(file.metadata)
+    for one in (file, ours):
+        assert one.metadata["sshs_model_hash"] == one.tensors_sha256 and one.metadata["modelspec.hash_sha256"] == f"0x{one.tensors_sha256}"
+        kind, data = one.metadata["modelspec.thumbnail"].split(",")
+        with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+            assert kind == "data:image/jpeg;base64" and shown.format == "JPEG" and shown.size == (64, 64)
+
+
+def test_what_would_make_another_picture_is_not_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(convert_command, "picture_difference", lambda before, after, model: picture_difference((), after, model))
+    monkeypatch.setattr(convert_command, "LEVELS", 0.05)
+    assert main(["export", str(tiny_run), "--format", "kohya", "--out", str(tmp_path / "a.safetensors")]) == 2
+    assert "would not make the same picture" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_where_no_picture_can_be_made_that_is_said(tiny_run: Path):
+    said = picture_difference((resolve(str(tiny_run)),), tiny_run / "lora.safetensors", "black-forest-labs/FLUX.1-dev")
+    assert isinstance(said, str) and "no picture was made to compare" in said
 
 
 def test_the_raw_weights_are_others(tiny_run: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 
-from lorabooth import __version__, consent, hub
+from lorabooth import __version__, consent, hub, pages
 from lorabooth.checkpoints import file_dtype, named
 from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
@@ -23,6 +23,7 @@ from train.fit import checkpoint_of, final_weights, finished
 from train.planning import plans_for
 from train.trackers import check_trackers
 
+THUMBNAIL_PX = 256
 CHECK = (sys.executable, "-m", "train", "check")
 
 
@@ -64,27 +65,38 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
     base = hub.display_name(config.model)
     agreed = consent.recorded(run_dir)
     rank = config.lora_rank * (2 if config.lora_init == "pissa" else 1)
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "flux-1-dev/lora",
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.title": f"{config.trigger_word} on {base}",
-        "modelspec.trigger_phrase": config.trigger_word,
-        "modelspec.usage_hint": f"put {config.trigger_word} in the prompt",
-        "modelspec.license": family.licence.name,
-        "modelspec.date": trained_at(run_dir).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ss_base_model_version": "flux1",
-        "ss_network_module": "networks.lora_flux",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
-        "ss_steps": str(config.steps),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_seed": str(config.seed),
-        "lorabooth.version": __version__,
-        "lorabooth.base": base,
-        "lorabooth.base_sha256": pinned(run_dir, "transformer"),
-        "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
-    } | ({"lorabooth.consent": agreed.sentence()} if agreed else {})
+    return (
+        {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "flux-1-dev/lora",
+            "modelspec.implementation": "https://github.com/huggingface/diffusers",
+            "modelspec.title": f"{config.trigger_word} on {base}",
+            "modelspec.trigger_phrase": config.trigger_word,
+            "modelspec.usage_hint": f"put {config.trigger_word} in the prompt",
+            "modelspec.license": family.licence.name,
+            "modelspec.resolution": f"{family.native_px}x{family.native_px}",
+            "modelspec.date": trained_at(run_dir).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "ss_base_model_version": "flux1",
+            "ss_network_module": "networks.lora_flux",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(rank),
+            "ss_steps": str(config.steps),
+            "ss_learning_rate": str(config.learning_rate),
+            "ss_seed": str(config.seed),
+            "lorabooth.version": __version__,
+            "lorabooth.base": base,
+            "lorabooth.base_sha256": pinned(run_dir, "transformer"),
+            "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
+        }
+        | thumbnail(run_dir)
+        | ({"lorabooth.consent": agreed.sentence()} if agreed else {})
+    )
+
+
+def thumbnail(run_dir: RunDir) -> dict[str, str]:
+    """The last preview of the first prompt, for programs that show a LoRA by its picture; nothing where there are no previews."""
+    file = run_dir.samples / f"step-{run_dir.config.steps:06d}-0.png"
+    return {"modelspec.thumbnail": pages.thumbnail(file, THUMBNAIL_PX, "JPEG")} if file.exists() else {}
 
 
 def trained_at(run_dir: RunDir) -> datetime:
