@@ -8,9 +8,8 @@ from pathlib import Path
 
 from infer.loras import LoraChoice
 from infer.references import WEIGHTS
-from lorabooth import checkpoints
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 
 DEFAULT_WEIGHTS = "0,0.6,0.8,1,1.2"
@@ -38,6 +37,8 @@ def weight_columns(choices: Sequence[LoraChoice], weights: Sequence[float]) -> l
 
 def checkpoint_columns(run: RunDir, folder: Path) -> tuple[list[Column], list[str]]:
     """No LoRA, then each checkpoint of a run, written as a LoRA file into `folder`; and the names of those that cannot be read."""
+    from lorabooth import checkpoints
+
     columns, damaged = [NO_LORA], []
     for checkpoint in checkpoints.folders(run):
         file = folder / f"{checkpoint.name}.safetensors"

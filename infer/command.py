@@ -9,16 +9,12 @@ from textwrap import shorten
 import click
 
 from infer import loras as lora_store
-from infer.drawing import Drawing
-from infer.engine import Engine, Settings
 from infer.filter import content_filter
-from infer.finish import Finishing, FinishOptions, finish_options
-from infer.named_base import base_of
+from infer.finish_options import FinishOptions, finish_options
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
-from lorabooth.families import load_family
-from lorabooth.families.flux1 import Flux1
+from infer.settings import Settings
 from lorabooth.notes import note
 from lorabooth.runs import prepared
 
@@ -66,6 +62,12 @@ def generate(
     Example, far away and still recognisable:
       lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
+    from infer.drawing import Drawing
+    from infer.engine import Engine
+    from infer.finish import Finishing
+    from infer.named_base import base_of
+    from lorabooth.families import load_family
+
     choices = tuple(lora_store.resolve(reference) for reference in references)
     if plan_of:
         plan_of(model or base_of(choices))
@@ -76,7 +78,7 @@ def generate(
     request = picture_options.request(prompts.texts[0], chosen, num_outputs, family.native_px)
     finishing = Finishing.read(finish_options, family.native_px, choices, num_outputs)
     requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
-    _notices(family, requests, prompts, seed is None)
+    _notices(family.cut, requests, prompts, seed is None)
     pixels = max(request.width_px * request.height_px, family.native_px**2 if finishing.detail else 0)
     try:
         with prepared(out):
@@ -87,12 +89,11 @@ def generate(
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files if not file.get("filtered")))
 
 
-def _notices(family: Flux1, requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:
+def _notices(cut_off: Callable[[str], str], requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:
     if drawn_seed:
         click.echo(f"Using seed: {requests[0].seed}", err=True)
     for prompt in dict.fromkeys(request.prompt for request in requests):
-        cut = family.cut(prompt)
-        if cut:
+        if cut := cut_off(prompt):
             note(f"the prompt is too long for this model; it will not see: {shorten(cut, 100, placeholder=' ...')}")
     for line in prompts.notes():
         note(line)

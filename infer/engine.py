@@ -20,6 +20,7 @@ from infer.loras import LoraChoice
 from infer.plan import STEPS, Needs, ServingPlan, choose, estimate
 from infer.progress import Progress
 from infer.request import Request, Source
+from infer.settings import DEFAULT, Settings
 from lorabooth import sampling
 from lorabooth.device import base_dtype, check_gpu, compute_device
 from lorabooth.errors import UserError
@@ -37,26 +38,6 @@ CPU_SPEED = Speed(0.1, 10, 10, "the CPU")
 
 Watch = Callable[[Tensor], None]
 """Called after each step with the latents [B, 16, h, w] of the pictures that are expected so far."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an engine is to run: precision and blocks in host memory where the plan is not to choose; batch: pictures at once;
-    mixed: whether pictures with different LoRAs share a batch; fast: compiled blocks, and fp8 where the GPU multiplies it;
-    cache: "balanced" or "max" leave out blocks whose result hardly changes from step to step, which loses detail;
-    pixels: of the largest picture that is planned for, the model's native size where none is named."""
-
-    precision: str = "auto"
-    swapped: int | None = None
-    batch: int = 1
-    mixed: bool = False
-    fast: bool = False
-    cache: str = "off"
-    pixels: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.cache != "off" and (self.batch > 1 or self.mixed):
-            raise UserError("a cache of steps and batches exclude each other: it would look at all pictures of a batch together", hint="leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Output:
 class Engine:
     """One base model that makes pictures, one batch at a time; for one thread."""
 
-    def __init__(self, model: str | Flux1, settings: Settings = Settings(), plan: ServingPlan | None = None):
+    def __init__(self, model: str | Flux1, settings: Settings = DEFAULT, plan: ServingPlan | None = None):
         self.family, self.settings = load_family(model) if isinstance(model, str) else model, settings
         check_gpu(self.family.native_px, self.family.model)
         self.device = compute_device()

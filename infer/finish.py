@@ -1,58 +1,23 @@
 """What is done with pictures after they are drawn: the ones most like the person are chosen, and small faces redrawn."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
-import click
 from tqdm import tqdm
 
 from infer import best
 from infer.album import Album
 from infer.detail import Detail, face_prompt, redraw_faces
 from infer.engine import Engine, Output
+from infer.finish_options import FinishOptions
 from infer.likeness import Likeness, likeness_for
 from infer.loras import LoraChoice
 from infer.progress import Progress
 from infer.request import Request
 from lorabooth.errors import UserError
 from lorabooth.notes import note, say
-
-
-@dataclass(frozen=True)
-class FinishOptions:
-    """The options of a command that say what is done with its pictures."""
-
-    detail: str | None = None
-    detail_prompt: str | None = None
-    detail_faces: int | None = None
-    best_of: int | None = None
-    like: Path | None = None
-
-
-def finish_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add those options to a command, which gets them as `finish_options`."""
-
-    @wraps(command)
-    def gathered(
-        *arguments: Any, detail: str | None, detail_prompt: str | None, detail_faces: int | None, best_of: int | None, like: Path | None, **others: Any
-    ) -> None:
-        command(*arguments, finish_options=FinishOptions(detail, detail_prompt, detail_faces, best_of, like), **others)
-
-    strengths = "face, or with a strength: face:subtle, face:normal, face:strong, face:0.35"
-    added = (
-        click.option("--detail", metavar="face[:STRENGTH]", help=f"Redraw small faces with the LoRA, at full size: {strengths}."),
-        click.option("--detail-prompt", metavar="TEXT", help="What to draw there. [default: a close-up of the LoRA's person, and PROMPT]"),
-        click.option("--detail-faces", type=int, help="Faces a picture to redraw; each becomes the LoRA's person. [default: 1]"),
-        click.option("--best-of", type=int, metavar="N", help="Draw N pictures a prompt and keep the -n most like the photos."),
-        click.option("--like", type=click.Path(path_type=Path), metavar="RUN|FOLDER", help="Photos to compare with. [default: those of the LoRA's run]"),
-    )
-    for option in reversed(added):
-        option(gathered)
-    return gathered
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import click
 
-from infer import grid_page
 from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
-from infer.engine import Engine, Settings
 from infer.filter import content_filter
-from infer.grid import Grid
-from infer.named_base import base_of
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
+from infer.settings import Settings
 from lorabooth.errors import UserError
-from lorabooth.families import load_family
 from lorabooth.notes import note
 from lorabooth.runs import RunDir, prepared
 
@@ -48,6 +44,11 @@ def grid(
     Example, which checkpoint is best, on the built-in portraits:
       lorabooth grid --template all --checkpoints runs/TOK-photos
     """
+    from infer import grid_page
+    from infer.engine import Engine
+    from infer.grid import Grid
+    from lorabooth.families import load_family
+
     columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
     if plan_of:
         plan_of(model or base)
@@ -69,6 +70,8 @@ def grid(
 
 
 def _weights(references: tuple[str, ...], weights: str | None) -> tuple[list[Column], list[str], str]:
+    from infer.named_base import base_of
+
     if not references:
         raise UserError("a grid needs a LoRA", hint="give --lora RUN, or --checkpoints RUN to compare its checkpoints")
     wanted = weights_of(DEFAULT_WEIGHTS if weights is None else weights)

@@ -8,7 +8,7 @@ from infer.download import too_large
 from infer.references import HubReference
 from lorabooth import hub
 from lorabooth.errors import UserError
-from lorabooth.lowrank import ADAPTER_CONFIG, ADAPTER_MODEL
+from lorabooth.keys import ADAPTER_CONFIG, ADAPTER_MODEL
 from lorabooth.runs import sha256_file
 
 REQUEST_SECONDS = 30

@@ -1,7 +1,7 @@
 """Options that `generate`, `grid` and their like share: what a picture is to be, and how the engine is to run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,13 @@ from typing import Any
 import click
 from PIL import Image, ImageChops
 
-from infer.engine import Settings, plans, steps_of
-from infer.plan import table
 from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, size_for, size_like
+from infer.settings import Settings
 from lorabooth.decoder import Decoder
-from lorabooth.device import compute_device
 from lorabooth.entry import ENTRY_BYTES_LIMIT, LeftOut
 from lorabooth.errors import UserError
-from lorabooth.families import family_to_plan
+from lorabooth.gigabytes import GIGABYTES
 from lorabooth.reading import read_limited
-from lorabooth.sizes import GB, GIGABYTES
-from lorabooth.speed import measured
 
 Command = Callable[..., None]
 CACHES = ("off", "balanced", "max")
@@ -134,8 +130,13 @@ def engine_options(command: Command) -> Command:
         picture_options: PictureOptions, **given: Any,
     ) -> None:  # fmt: skip
         settings = Settings(precision, swapped, batch, mixed=False, fast=fast, cache=cache)
-        plan_of = (lambda model: print_plan(model, settings, vram_gb, picture_options)) if show_plan or vram_gb else None
-        command(*arguments, settings=settings, plan_of=plan_of, picture_options=picture_options, **given)
+
+        def plan_of(model: str) -> None:
+            from infer.print_plan import print_plan
+
+            print_plan(model, settings, vram_gb, picture_options)
+
+        command(*arguments, settings=settings, plan_of=plan_of if show_plan or vram_gb else None, picture_options=picture_options, **given)
 
     return _with(
         gathered,
@@ -152,15 +153,6 @@ def engine_options(command: Command) -> Command:
 def filter_option(command: Command) -> Command:
     """Add the switch of the content filter."""
     return click.option("--filter/--no-filter", "filtered", default=True, show_default=True, help="Keep back pictures that are not safe for work.")(command)
-
-
-def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_options: PictureOptions) -> None:
-    """Print the plan for pictures of a base on this machine's GPU, or on one of that size."""
-    family = family_to_plan(model)
-    request = picture_options.request("a picture", 0, 1, family.native_px)
-    settings, steps = replace(settings, pixels=request.width_px * request.height_px), steps_of(request)
-    found = plans(family, settings, compute_device(), vram_gb * GB if vram_gb else None, steps)
-    click.echo(table(found, measured(), f"a picture of {request.width_px} x {request.height_px} px in {steps} steps"))
 
 
 def _with(command: Command, *options: Callable[[Command], Command]) -> Command:

@@ -1,155 +1,41 @@
-"""`lorabooth reproduce`: a picture is made again from what is written in it."""
+"""A picture is made again from what is written in it, and compared."""
 
 import json
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
 
 import click
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from tqdm import tqdm
 
 from infer import a1111, picture
 from infer import loras as lora_store
-from infer.detail import FACES_LIMIT, Detail, redraw_faces
-from infer.engine import Engine, Settings, steps_of
+from infer.detail import Detail, redraw_faces
+from infer.engine import Engine, steps_of
 from infer.filter import THRESHOLD, content_filter, notice
 from infer.finish import face_bar
 from infer.loras import LoraChoice
 from infer.named_base import confirmed
-from infer.options import filter_option, read_source
+from infer.options import read_source
 from infer.progress import advancing
-from infer.request import PROMPT_CHARACTERS_LIMIT, Request, Source
+from infer.record import LoraRecord, Record, SourceRecord
+from infer.request import Request, Source
+from infer.settings import Settings
 from lorabooth import __version__
 from lorabooth.errors import UserError
 from lorabooth.notes import note
 from lorabooth.runs import prepared, write_durable
 
-Prompt = Annotated[str, StringConstraints(max_length=PROMPT_CHARACTERS_LIMIT)]
-Side = Annotated[int, Field(ge=0, le=10_000)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-BYTES_LIMIT = 200_000_000
-LORAS_LIMIT = 32
 FORM_OF = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
 RUNS = "runs/*/lora.safetensors"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class LoraRecord(_Part):
-    """A LoRA of a picture."""
-
-    name: Annotated[str, StringConstraints(max_length=300)]
-    sha256: Sha256
-    weight: float = Field(ge=-2, le=3)
-
-
-class SourceRecord(_Part):
-    """The picture that a picture was made from."""
-
-    sha256: Sha256
-    prompt_strength: float = Field(ge=0, le=1)
-    masked: bool
-
-
-class FaceRecord(_Part):
-    """A face that was redrawn: its box, which of the two was kept, and how like the person they were."""
-
-    box: Annotated[tuple[Side, Side, Side, Side], Field(strict=False)]
-    kept: Literal["old", "new"]
-    likeness: list[float | None] = Field(default=[None, None], max_length=2)
-
-
-class DetailRecord(_Part):
-    """A pass over the faces of a picture."""
-
-    what: Literal["face"]
-    strength: Literal["subtle", "normal", "strong"] | Annotated[float, Field(gt=0, le=1)]
-    prompt: Prompt | None
-    faces: list[FaceRecord] = Field(max_length=FACES_LIMIT)
-
-
-class LikenessRecord(_Part):
-    """How like the person a picture is, and of how many it was chosen."""
-
-    score: float
-    by: Annotated[str, StringConstraints(max_length=50)]
-    best_of: int = Field(ge=1, le=10_000)
-
-
-class Record(_Part):
-    """What a picture says of its making; it may come from anybody."""
-
-    prompt: Prompt
-    negative_prompt: Prompt = ""
-    seed: int = Field(ge=0, lt=2**32)
-    num_inference_steps: int = Field(ge=1, le=50)
-    guidance_scale: float = Field(ge=0, le=10)
-    true_cfg_scale: float = Field(default=1.0, ge=1, le=10)
-    width: int = Field(ge=1, le=10_000)
-    height: int = Field(ge=1, le=10_000)
-    model: Annotated[str, StringConstraints(max_length=300)]
-    loras: list[LoraRecord] = Field(max_length=LORAS_LIMIT)
-    source: SourceRecord | None = None
-    precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] | None = None
-    cache: Literal["off", "balanced", "max"] = "off"
-    detail: DetailRecord | None = None
-    likeness: LikenessRecord | None = None
-    output_quality: int = Field(default=80, ge=0, le=100)
-    contact_sheet: bool = False
-    lorabooth: Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,50}$")]
-
-    @classmethod
-    def of(cls, path: Path) -> "Record":
-        """The record in a picture; a UserError where it has none of ours."""
-        try:
-            if path.stat().st_size > BYTES_LIMIT:
-                raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; the limit is {BYTES_LIMIT / 1e6:.0f} MB")
-            found = picture.making_of(path)
-        except FileNotFoundError:
-            raise UserError(f"there is no file {path}") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            raise UserError(f"{path} is not a picture that can be read") from None
-        if not found:
-            raise UserError(f"{path} does not say how it was made", hint="pictures of lorabooth do, unless a program or a website has removed it")
-        try:
-            record = cls.model_validate(found)
-            if record.contact_sheet:
-                raise UserError(f"{path} shows several pictures", hint="give one of them")
-            return record
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: what it says of its making cannot be used: {where}: {first['msg']}") from None
-
-
-@click.command()
-@click.argument("path", metavar="PICTURE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="Where a LoRA of it is. [default: looked for in runs/]")
-@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="The picture it was made from, where it was made from one.")
-@click.option("--mask", type=click.Path(path_type=Path, dir_okay=False), help="The mask that went with it.")
-@click.option("--model", help="Where the base model is, where it was a local folder.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
-@filter_option
-@click.option("--json", "as_json", is_flag=True, help="Print the file and the comparison as JSON.")
-def reproduce(
-    path: Path, references: tuple[str, ...], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool, as_json: bool
+def make_again(
+    path: Path, references: Sequence[str], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool, as_json: bool
 ) -> None:
-    """Make PICTURE again from what is written in it, and say whether it is the same.
-
-    A png is compared to the bit. A webp or jpg has lost something, so the new picture loses the same first.
-
-    \b
-    Example:
-      lorabooth reproduce pictures/out-3.png
-    Example, a picture of somebody else:
-      lorabooth reproduce portrait.webp --lora runs/TOK-photos
-    """
+    """Make the picture at `path` again, write it to `out` or beside the old one, and print whether it is the same."""
     record = Record.of(path)
     file = out or _free(path)
     form = FORM_OF.get(file.suffix.lower())

@@ -12,7 +12,7 @@ from infer.loras import LoraChoice
 from infer.request import Request
 from lorabooth import hub
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 
 STEPS = 8
 LEVELS = 2.0

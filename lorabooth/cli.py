@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("train.plan_command:plan", "Whether and how a training fits a GPU, before anything loads."),
     "generate": ("infer.command:generate", "A prompt and LoRAs in, pictures out."),
     "grid": ("infer.grid_command:grid", "Prompts beside weights of a LoRA, or beside checkpoints."),
-    "reproduce": ("infer.reproduce:reproduce", "A picture made again from what is written in it."),
+    "reproduce": ("infer.reproduce_command:reproduce", "A picture made again from what is written in it."),
     "export": ("infer.convert_command:export", "A run's LoRA for ComfyUI, kohya or diffusers."),
     "convert": ("infer.convert_command:convert", "Any LoRA in another format; several made one."),
     "demo": ("lorabooth.demo:demo", "The whole way on the mini model: no GPU, no account, minutes."),

@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorabooth import keys
 from lorabooth.errors import UserError
 from lorabooth.layout import Layout, Rows
 from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, PREFIX
 from lorabooth.lowrank import Additions, LowRank
 
-FORMATS = ("diffusers", "kohya", "comfyui")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = keys.WRITTEN
+DTYPES = dict(zip(keys.PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 PROBES = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of what a layer gives for random inputs, relative: the rounding of both matrices."""

@@ -11,7 +11,12 @@ KINDS = {
     "magnitude": r"lora_magnitude_vector(\.\w+)*|dora_scale",
 }
 """Ends of the names of tensors, after the layer's name and a point."""
+WRITTEN = ("diffusers", "kohya", "comfyui")
+"""The formats that `conversion` writes, and the precisions."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon with a middle", "glora": "GLoRA"}
+ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""What PEFT's `save_pretrained` writes."""
 T5_PREFIXES = ("lora_te2_", "lora_te3_", "text_encoder_2.", "t5xxl.")
 TEXT_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
 FORMATS = {

@@ -4,6 +4,7 @@ Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out,
 The strength alpha / rank is folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass

@@ -21,8 +21,6 @@ from lorabooth.errors import UserError
 from lorabooth.layout import ClipLayout, Layout, Rows
 from lorabooth.lora_file import LoraFile
 
-ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""What PEFT's `save_pretrained` writes."""
 MISSING_SHARE = 0.1
 """A file of which more of the layers are missing in the base was made for another model."""
 NAMED = 3
@@ -146,12 +144,12 @@ def _damaged_alpha(file: LoraFile, name: str) -> float:
 
 def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
     """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
-    beside = file.path.parent / ADAPTER_CONFIG
+    beside = file.path.parent / keys.ADAPTER_CONFIG
     try:
         if text := file.metadata.get("lora_adapter_metadata"):
             part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
             return _checked({key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)})
-        if file.path.name == ADAPTER_MODEL and beside.exists():
+        if file.path.name == keys.ADAPTER_MODEL and beside.exists():
             return _checked(json.loads(beside.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None

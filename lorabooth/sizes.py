@@ -3,29 +3,15 @@
 All sizes are bytes of 10**9 to the GB.
 """
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
-import click
 from torch import nn
 
 from lorabooth.families.flux1 import NORMS
 
 GB = 1e9
-
-
-class _Gigabytes(click.FloatRange):
-    """Memory that a user states; NaN, which is neither too small nor too large, is refused, too."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        return self.fail("nan is not a number of GB", param, ctx) if math.isnan(number) else number
-
-
-GIGABYTES = _Gigabytes(0.1, 10_000)
-"""Type of an option."""
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.516}
 """Bytes of a base weight; nf4 with its block scales quantised too (4 + 8/64 + 32/(64 * 256) bits). Row scales of fp8 and int8 are left out."""
 BEST_FIRST = ("bf16", "int8", "fp8", "nf4")

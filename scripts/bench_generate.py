@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from infer.engine import Engine, Piece, Settings, plans
+from infer.engine import Engine, Piece, plans
 from infer.loras import LoraChoice
 from infer.request import Request
+from infer.settings import Settings
 from lorabooth import hub
 from lorabooth.device import base_dtype
 from lorabooth.errors import UserError

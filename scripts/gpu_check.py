@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from infer.engine import Settings
+from infer.settings import Settings
 from lorabooth import sampling
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig

@@ -59,6 +59,11 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         assert name in done.stdout and line in done.stdout
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "demo"])
+def test_the_help_of_a_command_imports_neither_torch_nor_what_needs_it(command: str):
+    assert not modules_after([command, "--help"]) & {"torch", "diffusers", "transformers"}
+
+
 def test_completing_command_names_imports_nothing_heavy():
     # Not `sys.modules`: click ends the process after it has answered the shell.
     program = f"""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infer import convert_command
+from infer import convert
 from infer.engine import Engine
 from infer.loras import resolve
 from infer.request import Request
@@ -159,8 +159,8 @@ def test_an_export_makes_the_picture_of_its_run(form: str, tiny_run: Path, tmp_p
 
 
 def test_what_would_make_another_picture_is_not_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(convert_command, "picture_difference", lambda before, after, model: picture_difference((), after, model))
-    monkeypatch.setattr(convert_command, "LEVELS", 0.05)
+    monkeypatch.setattr(convert, "picture_difference", lambda before, after, model: picture_difference((), after, model))
+    monkeypatch.setattr(convert, "LEVELS", 0.05)
     assert main(["export", str(tiny_run), "--format", "kohya", "--out", str(tmp_path / "a.safetensors")]) == 2
     assert "would not make the same picture" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -11,7 +11,8 @@ from PIL import Image
 from infer import picture, spots
 from infer.detail import FACES_LIMIT, NOISE, Detail, face_prompt, face_seed, oval_mask, redraw_faces
 from infer.engine import Engine
-from infer.finish import Finishing, FinishOptions
+from infer.finish import Finishing
+from infer.finish_options import FinishOptions
 from infer.loras import LoraChoice, resolve
 from infer.request import Request, Source
 from infer.spots import Spot

@@ -15,12 +15,13 @@ from torch._dynamo.utils import counters
 from infer import engine as engine_module
 from infer import live
 from infer.base import Base
-from infer.engine import Engine, Piece, Settings, fitted, plans
+from infer.engine import Engine, Piece, fitted, plans
 from infer.glimpse import Glimpse
 from infer.live import Weighted
 from infer.loras import LoraChoice
 from infer.plan import ServingPlan, candidates, choose
 from infer.request import Request, Source
+from infer.settings import Settings
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors

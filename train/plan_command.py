@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from lorabooth.families import family_to_plan
-from lorabooth.machine import memory_bytes
-from lorabooth.sizes import GB, GIGABYTES
-from lorabooth.speed import ASSUMED, measured
+from lorabooth.gigabytes import GIGABYTES
 from train.command import config_options, recipe_config
-from train.plan import choose, table
-from train.planning import HOST_SHARE, shapes_of
 
 
 @click.command()
@@ -30,6 +24,15 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     Example:
       lorabooth plan --vram-gb 12 --resolution 768
     """
+    import torch
+
+    from lorabooth.families import family_to_plan
+    from lorabooth.machine import memory_bytes
+    from lorabooth.sizes import GB
+    from lorabooth.speed import ASSUMED, measured
+    from train.plan import choose, table
+    from train.planning import HOST_SHARE, shapes_of
+
     values["preview_prompts"] = values["preview_prompts"] or None
     values["trigger_word"] = values["trigger_word"] or "TOK"  # it changes nothing here
     config = recipe_config(recipe, values)

@@ -1,0 +1,34 @@
+"""`lorabooth reproduce`: a picture is made again from what is written in it."""
+
+from pathlib import Path
+
+import click
+
+from infer.options import filter_option
+
+
+@click.command()
+@click.argument("path", metavar="PICTURE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="Where a LoRA of it is. [default: looked for in runs/]")
+@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="The picture it was made from, where it was made from one.")
+@click.option("--mask", type=click.Path(path_type=Path, dir_okay=False), help="The mask that went with it.")
+@click.option("--model", help="Where the base model is, where it was a local folder.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
+@filter_option
+@click.option("--json", "as_json", is_flag=True, help="Print the file and the comparison as JSON.")
+def reproduce(
+    path: Path, references: tuple[str, ...], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool, as_json: bool
+) -> None:
+    """Make PICTURE again from what is written in it, and say whether it is the same.
+
+    A png is compared to the bit. A webp or jpg has lost something, so the new picture loses the same first.
+
+    \b
+    Example:
+      lorabooth reproduce pictures/out-3.png
+    Example, a picture of somebody else:
+      lorabooth reproduce portrait.webp --lora runs/TOK-photos
+    """
+    from infer.reproduce import make_again
+
+    make_again(path, references, image, mask, model, out, filtered, as_json)
