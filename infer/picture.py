@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
-from infer import a1111, xmp
+from infer import a1111
 from infer.loras import LoraChoice
 from infer.request import Request
-from lorabooth import __version__
+from lorabooth import __version__, xmp
 from lorabooth.hub import display_name
 from lorabooth.runs import write_durable
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lorabooth import __version__, consent, hub
 from lorabooth.captions import PLACEHOLDER
 from lorabooth.config import TrainConfig
-from lorabooth.families.flux1 import Licence, licence_of
+from lorabooth.licences import Licence, licence_of
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reproduce": ("infer.reproduce_command:reproduce", "A picture made again from what is written in it."),
     "export": ("infer.convert_command:export", "A run's LoRA for ComfyUI, kohya or diffusers."),
     "convert": ("infer.convert_command:convert", "Any LoRA in another format; several made one."),
+    "push": ("lorabooth.push_command:push", "A run's LoRA to the Hugging Face hub, with its card."),
     "demo": ("lorabooth.demo:demo", "The whole way on the mini model: no GPU, no account, minutes."),
     "doctor": ("lorabooth.doctor:doctor", "What this machine has, what is missing and how to get it."),
     "completion": ("lorabooth.completion:completion", "Print the script that completes commands in bash, zsh or fish."),

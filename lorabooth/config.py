@@ -20,6 +20,8 @@ SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Subject = Literal["person", "object", "style"]
 Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
+PUBLISHING = ("hf_repo_id", "hf_private")
+"""Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
 """Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
@@ -106,6 +108,8 @@ class TrainConfig(BaseModel):
     wandb_project: str = Field("lorabooth", min_length=1, description="Project in wandb and trackio.")
     wandb_run: str = Field("", description="Name of the run there; default: the run's folder.")
     wandb_entity: str = Field("", description="User or team in wandb; default: your own.")
+    hf_repo_id: str = Field("", description="Repository of the Hugging Face hub that the LoRA is pushed to when it is trained, owner/name; default: none.")
+    hf_private: bool = Field(False, description="Make that repository private, where it is new.")
 
     @field_validator("trigger_word")
     @classmethod
@@ -180,8 +184,8 @@ class TrainConfig(BaseModel):
         return self.lora_alpha or self.lora_rank
 
     def recipe(self) -> dict[str, Any]:
-        """All values as plain JSON types."""
-        return self.model_dump(mode="json")
+        """What is trained and how, as plain JSON types."""
+        return self.model_dump(mode="json", exclude=set(PUBLISHING))
 
 
 def load_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:

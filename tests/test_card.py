@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from lorabooth import consent
 from lorabooth.card import NOTICE, model_card
-from lorabooth.families.flux1 import LICENCES
+from lorabooth.licences import LICENCES
 from lorabooth.runs import RunDir
 
 SAMPLES = ("samples/0.png",)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
 from lorabooth.notes import note
 from lorabooth.photos import ingest
+from lorabooth.push_command import token_option
 from lorabooth.runs import RunDir, sha256_file
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -58,6 +60,7 @@ def _show(value: Any) -> str:
     "--launch", default="", help="What starts the training stage, for several GPUs: 'accelerate launch --num_processes 2'. [default: one process on one GPU]"
 )
 @click.option("--wandb-api-key", help="Log to wandb with this key, which is written nowhere. [default: WANDB_API_KEY, or the login of `wandb login`]")
+@token_option
 @config_options
 def train(
     photos: Path,
@@ -90,12 +93,37 @@ def train(
         config = config.model_copy(update={"prior_rate": PRIOR_RATE})
     run_dir = train_run(photos, config, out or default_folder(photos, config.trigger_word), launch, class_photos, consented)
     report = run_dir.path / "report.html"
+    page = _push(run_dir, config) if config.hf_repo_id else ""
     if as_json:
-        click.echo(json.dumps({"run": str(run_dir.path), "lora": str(run_dir.lora), "report": str(report)}))
+        click.echo(json.dumps({"run": str(run_dir.path), "lora": str(run_dir.lora), "report": str(report)} | ({"pushed": page} if config.hf_repo_id else {})))
         return
     click.echo(f"LoRA:   {run_dir.lora}\nreport: {report}")
+    if page:
+        click.echo(f"pushed: {page}")
     _say_licence(config.model)
     click.echo(f"next:   {stages.load('train.report', 'generate_command')(run_dir)}")
+
+
+def _push(run_dir: RunDir, config: TrainConfig) -> str:
+    """Push the finished run; the page, or "" and a note where that fails, which spoils no training."""
+    from lorabooth.push import push
+
+    try:
+        return push(run_dir, config.hf_repo_id, config.hf_private).url
+    except UserError as error:
+        note(f"not pushed to {config.hf_repo_id}: {error.message}; the LoRA is here, and this goes on with it: lorabooth push {shlex.quote(str(run_dir.path))}")
+        return ""
+
+
+def _check_push(repository: str) -> None:
+    """Refuse a repository or a token that a push after the training would be refused for; where the hub cannot be asked, only a note."""
+    from lorabooth import push
+    from lorabooth.hub_write import Broken
+
+    try:
+        push.check(repository)
+    except Broken as error:
+        note(f"whether the LoRA can be pushed to {repository} is not known yet: {error.message}")
 
 
 def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
@@ -112,6 +140,8 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     """
     if config.prior_rate and not class_photos and not (RunDir(folder).others / "manifest.jsonl").exists():
         raise UserError(f"prior_rate is {config.prior_rate}, and there are no photos of others to train on", hint="give some with --class-photos")
+    if config.hf_repo_id and not RunDir(folder).lora.exists():
+        _check_push(config.hf_repo_id)
     sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
     for taken_into, source in sources.items():
         _check_source(source, taken_into)

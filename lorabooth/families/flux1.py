@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lorabooth import flow, hub, mini
 from lorabooth.device import sent
 from lorabooth.errors import UserError
+from lorabooth.licences import Licence, licence_of
 from lorabooth.swap import BlockSwap
 
 transformers_logging.disable_progress_bar()  # a bar for the tensors of each encoder would hide ours
@@ -46,42 +47,6 @@ TARGETS = {
 """Regular expressions (full match) over module names of the transformer."""
 CLIP_TARGETS = ("self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj")
 """Ends of the names of the layers of CLIP that get a LoRA where CLIP is trained, as in diffusers' script."""
-
-
-@dataclass(frozen=True)
-class Licence:
-    """What a base asks of those who use it."""
-
-    name: str
-    hub_name: str
-    """What the hub calls it."""
-    url: str
-    commercial: bool
-    duties: tuple[str, ...] = ()
-
-
-LICENCES = {
-    "dev": Licence(
-        "FLUX.1 [dev] Non-Commercial License v1.1.1",
-        "flux-1-dev-non-commercial-license",
-        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-        commercial=False,
-        duties=(
-            "filter or review pictures before you distribute them",
-            "say that pictures are AI-generated where the law asks for it",
-            "pass the licence on with every LoRA",
-        ),
-    ),
-    "schnell": Licence("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
-    "mini": Licence("Apache-2.0 (drawings: python-avatars, MIT)", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", commercial=True),
-}
-
-
-def licence_of(model: str) -> Licence:
-    """The licence by a model's name; an unknown fine-tune is taken to carry the stricter one."""
-    if model == "mini":
-        return LICENCES["mini"]
-    return LICENCES["schnell" if "schnell" in Path(model).name.lower() else "dev"]
 
 
 @dataclass(frozen=True)
