@@ -4,12 +4,10 @@ Keys: `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out,
 The strength alpha / rank is folded into lora_B when it is not 1, since readers disagree about where alpha is kept.
 """
 
-import hashlib
 import json
 import re
-import struct
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +21,14 @@ from torch import Tensor
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import CLIP_TARGETS, TARGETS
-from lorabooth.runs import sha256_file, write_durable
+from lorabooth.lora_file import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from lorabooth.lora_file import LoraFile as LoraFile
+from lorabooth.runs import write_durable
 
 PREFIX = "transformer."
 CLIP_PREFIX = "text_encoder."
 CLIP_MODULE = "text_model."
 """What the names of CLIP's layers begin with in files; transformers leaves it out since version 5."""
-MAX_HEADER_BYTES = 4 * 1024 * 1024
 ADAPTER = "default"
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
 """PEFT's names of how a LoRA starts. PiSSA by its fast decomposition: the exact one of FLUX's 494 layers takes longer than a training."""
@@ -176,72 +175,6 @@ def sorted_header(data: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """What the header of a LoRA file says; the weights stay on the disk."""
-
-    path: Path
-    metadata: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def read(cls, path: Path) -> "LoraFile":
-        """Check that a file is a whole safetensors file with a LoRA in it; a UserError says what it is instead."""
-        header = _read_header(path)
-        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        if not any("lora" in name for name in shapes):
-            raise UserError(f"{path} holds no LoRA: none of its {len(shapes)} tensors is named lora")
-        return cls(path, metadata, shapes)
-
-    @property
-    def name(self) -> str:
-        """What to call it: the run's folder for our own files, the repository for those in the hub's cache, else the file's stem."""
-        if self.path.parent.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>/lora.safetensors
-            return self.path.parents[2].name.removeprefix("models--").replace("--", "/")
-        return self.path.parent.name if self.path.name == "lora.safetensors" else self.path.stem
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hex digest of the file."""
-        return sha256_file(self.path)
-
-    @cached_property
-    def tensors_sha256(self) -> str:
-        """Hex digest of what follows the header: the hash by which kohya's trainer, AUTOMATIC1111 and CivitAI know a LoRA."""
-        with self.path.open("rb") as file:
-            file.seek(8 + int.from_bytes(file.read(8), "little"))
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @property
-    def trigger_word(self) -> str:
-        """The trigger word, where the file tells it."""
-        return self.metadata.get("modelspec.trigger_phrase", "")
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file. Format: 8 bytes length (little endian), JSON, tensor bytes."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file that can be read at any place of it", hint="download it into a file")
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if length > MAX_HEADER_BYTES:
-                raise UserError(f"{path} is not a safetensors file", hint="only safetensors is read: other formats can run code when loaded")
-            header = json.loads(file.read(length))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            if not isinstance(header.get("__metadata__", {}), dict) or not all(isinstance(entry["shape"], list) for entry in entries):
-                raise TypeError("a header of another shape than safetensors'")
-            end = max((entry["data_offsets"][1] for entry in entries), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise UserError(f"{path} is cut short: it should be {8 + length + end} bytes and is {path.stat().st_size}")
-    except FileNotFoundError:
-        raise UserError(f"no LoRA file at {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({type(error).__name__})") from None
-    return header
 
 
 def _module(key: str) -> str:

@@ -16,20 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorabooth import keys
 from lorabooth.errors import UserError
 from lorabooth.layout import ClipLayout, Layout, Rows
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 
-KINDS = {
-    "down": r"lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|down\.weight",
-    "up": r"lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|up\.weight",
-    "alpha": r"alpha",
-    "magnitude": r"lora_magnitude_vector(\.\w+)*|dora_scale",
-}
-"""Ends of the names of tensors, after the layer's name and a point."""
 ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """What PEFT's `save_pretrained` writes."""
-OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon with a middle", "glora": "GLoRA"}
 MISSING_SHARE = 0.1
 """A file of which more of the layers are missing in the base was made for another model."""
 NAMED = 3
@@ -62,8 +55,8 @@ def additions(file: LoraFile, layout: Layout, clip: ClipLayout, model: str) -> A
     tensors, left_out = _tensors(file), []
     layers: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     for key, tensor in tensors.items():
-        if match := next(((m[1], kind) for kind, end in KINDS.items() if (m := re.fullmatch(rf"(.+?)\.(?:{end})", key))), None):
-            layers[match[0]][match[1]] = key, tensor
+        if of_layer := keys.split(key):
+            layers[of_layer[0]][of_layer[1]] = key, tensor
         else:
             left_out.append(key)
     found: tuple[dict[str, list[LowRank]], dict[str, list[LowRank]]] = defaultdict(list), defaultdict(list)
@@ -72,7 +65,7 @@ def additions(file: LoraFile, layout: Layout, clip: ClipLayout, model: str) -> A
         rows, in_clip = layout.find(name), clip.find(name)
         if not (rows or in_clip) or not {"down", "up"} <= parts.keys():
             left_out += [key for key, _ in parts.values()]
-            missing += [name] if {"down", "up"} <= parts.keys() and not _of_t5(name) else []
+            missing += [name] if {"down", "up"} <= parts.keys() and not keys.of_t5(name) else []
             continue
         sizes = (layout if rows else clip).sizes
         for module, low_rank in _split(file, model, name, parts, rows or in_clip, sizes):
@@ -91,9 +84,9 @@ def _tensors(file: LoraFile) -> dict[str, Tensor]:
         tensors = load_file(file.path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file.path.name} cannot be read: {error}", hint="download it again") from None
+    if method := keys.other_method(tensors):
+        raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {method[1]}", hint="convert it to a LoRA with the program that trained it")
     for key, tensor in tensors.items():
-        if method := next((name for mark, name in OTHER_METHODS.items() if mark in key), None):
-            raise UserError(f"{file.path.name} is a {method}, not a LoRA: {key}", hint="convert it to a LoRA with the program that trained it")
         if not tensor.is_floating_point():
             raise UserError(f"{file.path.name} is damaged: {key} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again")
         if not torch.isfinite(tensor.float()).all():
@@ -113,7 +106,7 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
             f"{file.path.name} does not fit {model}: {rows[0].module} takes {inputs} numbers and gives {outputs} there, "
             f"{down.shape[1]} and {up.shape[0]} in the LoRA (it is of {made_for})"
         )
-    up = up * _strength(file, name, parts, len(down))
+    up = up * alpha_of(file, name, parts["alpha"][1] if "alpha" in parts else None, len(down))[1]
     if not torch.isfinite(up).all():
         raise UserError(f"{file.path.name} is damaged: the strength of {name} is not a number that can be used")
     magnitude = parts["magnitude"][1].float() if "magnitude" in parts else None
@@ -132,18 +125,19 @@ def _count(rows: Rows) -> int:
     return sum(part.stop - part.start for part in rows.parts)
 
 
-def _strength(file: LoraFile, name: str, parts: dict[str, tuple[str, Tensor]], rank: int) -> float:
-    """What the product of the two matrices is multiplied with."""
-    if "alpha" in parts:
-        return float(parts["alpha"][1]) / rank if parts["alpha"][1].numel() == 1 else _damaged_alpha(file, name)
+def alpha_of(file: LoraFile, name: str, stored: Tensor | None, rank: int) -> tuple[float, float]:
+    """The alpha of a layer, from its tensor or from a description, and the strength that is made of it: what up down is multiplied with."""
+    if stored is not None:
+        alpha = float(stored) if stored.numel() == 1 else _damaged_alpha(file, name)
+        return alpha, alpha / rank
     config = _adapter_config(file, name)
     if "lora_alpha" not in config:
-        return 1.0
+        return float(rank), 1.0
     module = re.sub(r"^(transformer|text_encoder|base_model\.model)\.", "", name)
     # PEFT takes the pattern's keys for regular expressions; trainers write names, and a file's expressions are not run here.
     named = {re.sub(r"[\\^$]", "", key): value for key, value in config["alpha_pattern"].items()}
     alpha = next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _damaged_alpha(file: LoraFile, name: str) -> float:
@@ -170,10 +164,6 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     pattern = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
     return {"lora_alpha": float(config["lora_alpha"]), "alpha_pattern": pattern, "use_rslora": bool(config.get("use_rslora"))}
-
-
-def _of_t5(name: str) -> bool:
-    return name.startswith(("lora_te2_", "lora_te3_", "text_encoder_2.", "t5xxl."))
 
 
 def _of_another_model(file: LoraFile, model: str, names: list[str]) -> UserError:

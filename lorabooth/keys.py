@@ -1,0 +1,64 @@
+"""The names of a LoRA file's tensors: of which layer and which half each is, and which program's names they are. Without torch."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+KINDS = {
+    "down": r"lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|down\.weight",
+    "up": r"lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|up\.weight",
+    "alpha": r"alpha",
+    "magnitude": r"lora_magnitude_vector(\.\w+)*|dora_scale",
+}
+"""Ends of the names of tensors, after the layer's name and a point."""
+OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon with a middle", "glora": "GLoRA"}
+T5_PREFIXES = ("lora_te2_", "lora_te3_", "text_encoder_2.", "t5xxl.")
+TEXT_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
+FORMATS = {
+    "XLabs": r".+\.processor\.\w*lora\d?\.(down|up)\.weight",
+    "PEFT adapter": r"base_model\.model\..+",
+    "OneTrainer": r"lora_transformer_.+",
+    "kohya": r"lora_(unet|te\d?)_.+",
+    "BFL and ComfyUI": r"((model\.)?diffusion_model\.|(double|single)_blocks\.|clip_l\.).+",
+    "diffusers, old names": r"(transformer|unet|text_encoder)\..+\.lora\.(down|up)\.weight",
+    "diffusers": r"(transformer|unet|text_encoder)\..+",
+}
+"""Whose names these are; the first that matches counts."""
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """A tensor's name as its layer's and its kind; None where it is no part of a LoRA."""
+    return next(((m[1], kind) for kind, end in KINDS.items() if (m := re.fullmatch(rf"(.+?)\.(?:{end})", key))), None)
+
+
+def layers(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The tensors of each layer, by kind."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in keys:
+        if parts := split(key):
+            found[parts[0]][parts[1]] = key
+    return dict(found)
+
+
+def other_method(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The method of a file that holds no LoRA but a relative of it, and the tensor that tells."""
+    return next(((name, key) for key in keys for mark, name in OTHER_METHODS.items() if mark in key), None)
+
+
+def format_of(keys: Iterable[str]) -> str:
+    """The format of a file by its tensors' names: that of most layers; of the text encoders' only where it has no others."""
+    keys = list(keys)
+    if method := other_method(keys):
+        return method[0]
+    downs = [parts["down"] for parts in layers(keys).values() if "down" in parts]
+    named = Counter(_named(key) for key in [key for key in downs if not key.startswith(TEXT_PREFIXES)] or downs)
+    return named.most_common(1)[0][0] if named else "unknown"
+
+
+def of_t5(name: str) -> bool:
+    """Whether a layer is one of T5, which is not trained here."""
+    return name.startswith(T5_PREFIXES)
+
+
+def _named(key: str) -> str:
+    return next((name for name, pattern in FORMATS.items() if re.fullmatch(pattern, key)), "unknown")
