@@ -13,7 +13,8 @@ from safetensors.torch import save
 from infer import loras as lora_store
 from infer.loras import LoraChoice
 from lorabooth import checkpoints
-from lorabooth.conversion import DTYPES, FORMATS, TOLERANCE, difference, merged, reduced, written
+from lorabooth.comparison import difference
+from lorabooth.conversion import DTYPES, FORMATS, TOLERANCE, merged, reduced, written
 from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.families import load_family

@@ -8,6 +8,8 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,16 +148,28 @@ def _damaged_alpha(file: LoraFile, name: str) -> float:
 
 def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
     """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
-    beside = file.path.parent / ADAPTER_CONFIG
-    try:
-        if text := file.metadata.get("lora_adapter_metadata"):
-            part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
+    if text := file.metadata.get("lora_adapter_metadata"):
+        part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
+        with _described(file):
             return _checked({key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)})
-        if file.path.name == ADAPTER_MODEL and beside.exists():
-            return _checked(json.loads(beside.read_text(encoding="utf-8")))
+    return described_beside(file)
+
+
+def described_beside(file: LoraFile) -> dict[str, Any]:
+    """What counts here of PEFT's description in the folder of a file: lora_alpha, alpha_pattern, use_rslora; empty where the file needs none."""
+    beside = file.path.parent / ADAPTER_CONFIG
+    if file.path.name != ADAPTER_MODEL or "lora_adapter_metadata" in file.metadata or not beside.exists():
+        return {}
+    with _described(file):
+        return _checked(json.loads(beside.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _described(file: LoraFile) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None
-    return {}
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:

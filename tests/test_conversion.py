@@ -18,7 +18,8 @@ from infer.loras import resolve
 from infer.request import Request
 from lorabooth import conversion
 from lorabooth.cli import main
-from lorabooth.conversion import FORMATS, difference, merged, reduced, written
+from lorabooth.comparison import difference
+from lorabooth.conversion import FORMATS, merged, reduced, written
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import TARGETS, Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
