@@ -79,7 +79,7 @@ def _of_tensors(file: LoraFile) -> dict[str, Any]:
         "norm": math.hypot(*(layer.norm for layer in changed)),
         "layers": [asdict(layer) for layer in changed],
         "left_out": list(found.left_out),
-        **_strengths(file),
+        **_strengths(file, set(found.left_out)),
     }
 
 
@@ -104,11 +104,11 @@ def _kinds(file: LoraFile, changed: list[Layer], layout: Layout, clip: ClipLayou
     return kinds | ({T5: Kind(of_t5, 0, 0.0)} if of_t5 else {})
 
 
-def _strengths(file: LoraFile) -> dict[str, Any]:
+def _strengths(file: LoraFile, left_out: set[str]) -> dict[str, Any]:
     alphas, strengths = [], []
     with safe_open(file.path, "pt") as opened:
         for name, parts in keys.layers(file.shapes).items():
-            if {"down", "up"} <= parts.keys():
+            if "down" in parts and parts["down"] not in left_out:
                 stored = opened.get_tensor(parts["alpha"]) if "alpha" in parts else None
                 alpha, strength = alpha_of(file, name, stored, file.shapes[parts["down"]][0])
                 alphas.append(f"{alpha:g}")

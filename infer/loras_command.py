@@ -13,7 +13,8 @@ from lorabooth.errors import UserError
 
 TEXT_CHARACTERS = 300
 NAMED = 5
-TENSORS_HASH = "hash"
+ALWAYS = ("attention", "feed-forward", "norms")
+"""Kinds of layers of which it is said, too, that none is changed."""
 
 
 @click.group(invoke_without_command=True)
@@ -86,7 +87,7 @@ def described(told: dict[str, Any], with_layers: bool) -> str:
     else:
         lines |= _of_tensors(told)
     lines |= told["training"]
-    lines |= {"sha256": told["sha256"], TENSORS_HASH: f"{told['tensors_sha256'][:12]} (kohya's and AUTOMATIC1111's, of the tensors)"}
+    lines |= {"sha256": told["sha256"], "hash": f"{told['tensors_sha256'][:12]} (kohya's and AUTOMATIC1111's, of the tensors)"}
     text = "\n".join([cut(told["name"]), *(f"  {name:<13} {cut(line, TEXT_CHARACTERS)}" for name, line in lines.items())])
     if with_layers and not told["problem"]:
         rows = [(layer["name"], layer["kind"], str(layer["rank"]), f"{layer['norm']:.4g}") for layer in told["layers"]]
@@ -100,11 +101,11 @@ def size_text(bytes_: int) -> str:
 
 
 def _of_tensors(told: dict[str, Any]) -> dict[str, str]:
-    kinds = {name: kind for name, kind in told["layers_by_kind"].items() if kind["changed"]}
+    kinds = {name: kind for name, kind in told["layers_by_kind"].items() if kind["changed"] or name in ALWAYS}
     lines = {
         "layers": ", ".join(f"{name} {kind['changed']}" + (f" of {kind['of']}" if kind["of"] else " (not used)") for name, kind in kinds.items()),
         "alpha": f"{_histogram(told['alphas'])}; strength {_histogram(told['strengths'])}",
-        "change": ", ".join(f"{name} {kind['norm']:.4g}" for name, kind in kinds.items() if kind["of"]) + f"; all {told['norm']:.4g}",
+        "change": ", ".join(f"{name} {kind['norm']:.4g}" for name, kind in kinds.items() if kind["norm"]) + f"; all {told['norm']:.4g}",
     }
     left = told["left_out"]
     if left:

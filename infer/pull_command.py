@@ -12,7 +12,7 @@ from infer import lora_facts
 from infer.loras import PLAIN_NAMES, plain, unweighted
 from lorabooth.errors import UserError
 from lorabooth.lora_file import LoraFile
-from lorabooth.lowrank import ADAPTER_MODEL, described_beside
+from lorabooth.lowrank import described_beside
 from lorabooth.notes import note
 from lorabooth.runs import durable_file, prepared, sha256_file
 
@@ -56,7 +56,7 @@ def copy(file: LoraFile, target: Path) -> str:
             for block in _content(file):
                 digest.update(block)
                 out.write(block)
-            if file.path.name != ADAPTER_MODEL and digest.hexdigest() != file.sha256:
+            if not described_beside(file) and digest.hexdigest() != file.sha256:
                 raise UserError(f"{file.path} changed while it was copied", hint="run the same command again")
     except FileExistsError:
         return _already(file, target)
@@ -86,7 +86,8 @@ def _place(out: str | None) -> tuple[Path, str]:
 def _name(file: LoraFile) -> str:
     """The last part of what the file is called that tells it from others."""
     stem = file.path.stem
-    return plain(PurePosixPath(file.name).name if stem in PLAIN_NAMES else stem) or "lora"
+    above = PurePosixPath(file.name).name if file.name != stem else file.path.resolve().parent.name
+    return plain(above if stem in PLAIN_NAMES else stem) or "lora"
 
 
 def _content(file: LoraFile) -> Iterator[bytes]:

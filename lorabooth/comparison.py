@@ -6,7 +6,7 @@ subtracted, which would leave nothing of a small difference.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,9 @@ def compared(a: Additions, b: Additions) -> list[LayerDifference]:
 
 def compare(name: str, one: LowRank | None, other: LowRank | None) -> LayerDifference:
     """One layer; None is a LoRA without it."""
-    first, second = _in_one_basis([part for part in (one, other) if part is not None], one is None)
+    alike = _same_change(one, other)
+    first, second = _in_one_basis([part for part in (one, None if alike else other) if part is not None], one is None)
+    second = first if alike else second
     norms = float(first.norm()), float(second.norm())
     return LayerDifference(
         name, *norms, float((first - second).norm()), float((first * second).sum()), _magnitudes(one, other), _acts(one, norms[0]), _acts(other, norms[1])
@@ -80,7 +82,9 @@ def overall(layers: Iterable[LayerDifference]) -> float:
 
 def difference(a: Additions, b: Additions) -> float:
     """The largest relative difference of any layer, in its change or its scales; 1 where one of them has a layer that the other lacks."""
-    return max((compare("", one, other).worst for one, other in _pairs(a, b) if not _equal(one, other)), default=0.0)
+    pairs = ((ours.get(m), theirs.get(m)) for ours, theirs in ((a.transformer, b.transformer), (a.clip, b.clip)) for m in ours | theirs)
+    # What is the same to the bit is not measured: a conversion mostly is.
+    return max((_magnitudes(one, other) if _same_change(one, other) else compare("", one, other).worst for one, other in pairs), default=0.0)
 
 
 def norm(one: LowRank) -> float:
@@ -88,18 +92,9 @@ def norm(one: LowRank) -> float:
     return compare("", one, None).first
 
 
-def _pairs(a: Additions, b: Additions) -> Iterator[tuple[LowRank | None, LowRank | None]]:
-    for ours, theirs in ((a.transformer, b.transformer), (a.clip, b.clip)):
-        for module in ours | theirs:
-            yield ours.get(module), theirs.get(module)
-
-
-def _equal(one: LowRank | None, other: LowRank | None) -> bool:
+def _same_change(one: LowRank | None, other: LowRank | None) -> bool:
     """Whether two are the same numbers, which is quickly seen and often so."""
-    if one is None or other is None or (one.magnitude is None) != (other.magnitude is None):
-        return False
-    same = torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
-    return same and (one.magnitude is None or other.magnitude is None or torch.equal(one.magnitude, other.magnitude))
+    return one is not None and other is not None and torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
 
 
 def _in_one_basis(parts: list[LowRank], only_second: bool) -> tuple[Tensor, Tensor]:

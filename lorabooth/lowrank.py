@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorabooth import keys
+from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.layout import ClipLayout, Layout, Rows
 from lorabooth.lora_file import LoraFile
@@ -87,12 +88,16 @@ def _tensors(file: LoraFile) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file.path.name} cannot be read: {error}", hint="download it again") from None
     if method := keys.other_method(tensors):
-        raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {method[1]}", hint="convert it to a LoRA with the program that trained it")
+        raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {printable(method[1])}", hint="convert it to a LoRA with the program that trained it")
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{file.path.name} is damaged: {key} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again")
+            raise UserError(
+                f"{file.path.name} is damaged: {printable(key)} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again"
+            )
         if not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{file.path.name} is damaged: {key} holds numbers that are not finite", hint="use an earlier checkpoint of that training")
+            raise UserError(
+                f"{file.path.name} is damaged: {printable(key)} holds numbers that are not finite", hint="use an earlier checkpoint of that training"
+            )
     return tensors
 
 
@@ -100,7 +105,7 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
     """A layer of a file as the layers of diffusers that it stands for."""
     down, up = (parts[side][1].float().flatten(1) if parts[side][1].ndim > 1 else parts[side][1].float() for side in ("down", "up"))
     outputs, inputs = sum(_count(row) for row in rows), sizes[rows[0].module][1]
-    made_for = file.metadata.get("lorabooth.base") or "another model"
+    made_for = printable(file.metadata.get("lorabooth.base") or "another model")
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
         raise UserError(f"{file.path.name} is damaged: the two halves of {name} do not fit together ({tuple(down.shape)} and {tuple(up.shape)})")
     if (up.shape[0], down.shape[1]) != (outputs, inputs):
@@ -181,8 +186,8 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_another_model(file: LoraFile, model: str, names: list[str]) -> UserError:
-    made_for = file.metadata.get("lorabooth.base") or "another kind of model"
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    made_for = printable(file.metadata.get("lorabooth.base") or "another kind of model")
+    listed = ", ".join(map(printable, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return UserError(
         f"{file.path.name} does not fit {model}, which lacks these layers of it: {listed} (the LoRA is of {made_for})", hint="give a LoRA of a FLUX.1 model"
     )
