@@ -10,7 +10,7 @@ from infer.loras import LoraChoice
 from infer.references import WEIGHTS
 from lorabooth import checkpoints
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 
 DEFAULT_WEIGHTS = "0,0.6,0.8,1,1.2"

@@ -20,7 +20,8 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1_dev import Flux1Dev
 from lorabooth.layout import ClipLayout, Layout, sizes_of
-from lorabooth.lora import LoraFile, sorted_header
+from lorabooth.lora import sorted_header
+from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, additions
 from lorabooth.notes import note
 from lorabooth.runs import RunDir, write_durable

@@ -7,7 +7,7 @@ from pathlib import Path
 from lorabooth import tars
 from lorabooth.entry import ARCHIVE_FAULTS, ENTRIES_LIMIT, printable
 from lorabooth.errors import UserError
-from lorabooth.lora import MAX_HEADER_BYTES, LoraFile
+from lorabooth.lora_file import MAX_HEADER_BYTES, LoraFile
 from lorabooth.runs import sha256_file
 
 ONLY_SAFETENSORS = "only safetensors is read: other formats can run code when loaded"

@@ -78,7 +78,7 @@ def _of_hub(folder: Path) -> Iterator[Listed | None]:
 
 def _read(path: Path, kind: str, source: str) -> Listed | None:
     """The row of a file; None where it holds no LoRA, or is gone already."""
-    name = path.parent.name if path.name == "lora.safetensors" and kind == "run" else source if kind == "hub" else path.stem
+    name = {"run": path.parent.name, "download": path.stem, "hub": source.rsplit("/", 1)[-1].removesuffix(".safetensors")}[kind]
     try:
         status = path.stat()
         date = datetime.fromtimestamp(status.st_mtime, UTC).strftime("%Y-%m-%d")

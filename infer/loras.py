@@ -18,7 +18,7 @@ from infer.lora_cache import Kept, LoraCache, Record, default_folder, key_of
 from infer.references import CivitaiReference, HubReference, Reference, UrlReference, parse, safe, split_weight
 from lorabooth.addresses import Addresses
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.notes import note
 from lorabooth.web import Web, WebError
 

@@ -13,7 +13,7 @@ from infer.loras import LoraChoice
 from lorabooth.captions import PLACEHOLDER, one_line, whole, with_trigger
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.mini.world import WORLD
 
 ANYONE = TrainConfig.model_fields["class_phrase"].default

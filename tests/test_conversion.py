@@ -23,7 +23,8 @@ from lorabooth.conversion import FORMATS, merged, reduced, written
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import TARGETS, Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
-from lorabooth.lora import LoraFile, LoraSpec
+from lorabooth.lora import LoraSpec
+from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, LowRank, additions
 
 FAMILY = Flux1("mini")

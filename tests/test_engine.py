@@ -23,7 +23,8 @@ from infer.plan import ServingPlan, candidates, choose
 from infer.request import Request, Source
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.lora import LoraSpec, save_lora, tensors
+from lorabooth.lora_file import LoraFile
 from lorabooth.pinned import PinnedMemory
 from lorabooth.sizes import GB
 from lorabooth.speed import ASSUMED

@@ -79,12 +79,10 @@ def test_runs_downloads_and_the_hubs_cache_are_in_one_table(machine: Path, site:
     assert run.split()[:4] == ["TOK-photos", "TOK", "mini", "4"] and run.endswith("runs/TOK-photos")
     assert download.split()[:3] == ["fox", "TOK", "1"] and download.endswith(f"{site.base}/fox.safetensors")
     assert first.endswith("someone/ink") and second.endswith("someone/ink/deep/x.safetensors") and "INK" in first and "XYZ" in second
-    assert {
-        line.index(word) for line, word in ((head, "FROM"), (run, "runs/TOK"), (download, "http"), (first.replace("someone", "SOMEONE", 1), "someone"))
-    } == {head.index("FROM")}
+    assert all(line[head.index("FROM") - 1] == " " != line[head.index("FROM")] for line in (run, download, first, second)), "columns are aligned"
     rows = json.loads(loras(capsys, "--json")[1])
     assert [(row["kind"], row["name"], row["problem"]) for row in rows] == [
-        ("run", "TOK-photos", ""), ("download", "fox", ""), ("hub", "someone/ink", ""), ("hub", "someone/ink/deep/x.safetensors", ""),
+        ("run", "TOK-photos", ""), ("download", "fox", ""), ("hub", "ink", ""), ("hub", "x", ""),
     ]  # fmt: skip
     assert rows[1]["bytes"] == len(LORA) and Path(rows[1]["path"]).read_bytes() == LORA
 
@@ -105,7 +103,9 @@ def header(tensors: dict[str, Any], metadata: dict[str, Any] | None = None, data
 
 DOWN, UP = f"transformer.{TO_Q}.lora_A.weight", f"transformer.{TO_Q}.lora_B.weight"
 HOSTILE = {
-    "overlap": header({DOWN: {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}, UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [4, 12]}}, data=bytes(12)),
+    "overlap": header(
+        {DOWN: {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}, UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [4, 12]}}, data=bytes(12)
+    ),
     "hole": header({DOWN: {"dtype": "F32", "shape": [1, 2], "data_offsets": [4, 12]}}, data=bytes(12)),
     "backwards": header({DOWN: {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 0]}}, data=bytes(8)),
     "long-header": header({}, length=1 << 60),
@@ -113,7 +113,7 @@ HOSTILE = {
     "cut": LORA[:-5],
     "empty": b"",
     "text": b"hello \x1b[2J" * 100,
-    "list": header([]) if False else struct.pack("<Q", 2) + b"[]",
+    "list": struct.pack("<Q", 2) + b"[]",
     "shape-of-text": header({DOWN: {"dtype": "F32", "shape": ["\x1b[2J"], "data_offsets": [0, 8]}}, data=bytes(8)),
     "negative-shape": header({DOWN: {"dtype": "F32", "shape": [-1, 2], "data_offsets": [0, 8]}}, data=bytes(8)),
     "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
@@ -165,10 +165,7 @@ def test_what_cannot_be_used_is_described_as_far_as_it_goes(tensors: dict[str, t
 
 def test_no_change_of_a_few_bytes_makes_a_traceback(capsys: pytest.CaptureFixture[str]):
     pairs = {name: both for name, both in drawn_pairs(rank=1).items() if name.startswith("transformer_blocks.0.attn")}
-    good, rng = (
-        of_mini(formats.kohya_or_diffusers(Path("good.safetensors"), pairs) if False else formats.diffusers(Path("good.safetensors"), pairs)).read_bytes(),
-        random.Random(1),
-    )
+    good, rng = of_mini(formats.diffusers(Path("good.safetensors"), pairs)).read_bytes(), random.Random(1)
     length = 8 + int.from_bytes(good[:8], "little")
     for i in range(150):
         mutant = bytearray(good)
@@ -221,7 +218,7 @@ def test_each_format_is_named_and_gives_the_same_figures(writer: Callable[[Path,
     assert kinds["attention"] == (28, 28) and kinds["feed-forward"] == (16, 16) and kinds["norms"][0] == kinds["norms"][1] > 0 == kinds["CLIP"][0]
     whole = sum(float((up.double() @ down.double()).square().sum()) for down, up in pairs.values()) ** 0.5
     assert told["norm"] == pytest.approx(whole, rel=1e-6) and len(told["layers"]) == len(pairs)
-    assert {layer["rank"] for layer in told["layers"]} == {4}
+    assert {layer["rank"] for layer in told["layers"]} == {4}, "what others fuse is told as what it was"
 
 
 def test_xlabs_is_named_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

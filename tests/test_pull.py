@@ -47,9 +47,8 @@ def test_a_url_is_fetched_checked_and_copied(site: LoraServer, here: Path, capsy
     assert capsys.readouterr().out == "tok.safetensors\n" and (here / "tok.safetensors").read_bytes() == LORA
     assert main(["pull", url, "--out", "models/loras/", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {
-        "file": "models/loras/tok.safetensors", "bytes": len(LORA), "sha256": hashlib.sha256(LORA).hexdigest(), "name": "tok", "trigger_word": "TOK", "base": "",
-    }  # fmt: skip
+    sha256 = hashlib.sha256(LORA).hexdigest()
+    assert told == {"file": "models/loras/tok.safetensors", "bytes": len(LORA), "sha256": sha256, "name": "tok", "trigger_word": "TOK", "base": ""}
     assert files(here / "models/loras") == ["tok.safetensors"] and files(here) == ["models", "tok.safetensors"]
     assert main(["pull", url, "--out", str(here)]) == 0, "a folder that is there needs no slash"
 
@@ -143,7 +142,8 @@ def test_a_copy_that_breaks_off_leaves_nothing(here: Path):
     (here / "a.safetensors").write_bytes(LORA)
     program = (
         "import resource, signal, sys\nfrom pathlib import Path\nfrom infer.pull_command import copy\nfrom lorabooth.lora_file import LoraFile\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfile = LoraFile.read(Path('a.safetensors'))\nresource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfile = LoraFile.read(Path('a.safetensors'))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
         "try:\n    copy(file, Path('b.safetensors'))\nexcept OSError as error:\n    sys.exit(error.errno)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
