@@ -113,7 +113,8 @@ def described(choices: tuple[LoraChoice, LoraChoice], found: Difference, top: in
         texts = [(name, *(_text(text) for text in both_texts)) for name, both_texts in list(found.metadata.items())[:METADATA_SHOWN]]
         lines += ["", table(("METADATA", "A", "B"), texts)]
         lines += [f"and {len(found.metadata) - METADATA_SHOWN} more"] * (len(found.metadata) > METADATA_SHOWN)
-    verdict = f"the same function: no layer differs by more than rounding ({found.tolerance:g})" if found.same else "different"
+    rounding = f"no layer differs by more than rounding ({found.tolerance:g})" if max_of(found.layers) else "no layer differs at all"
+    verdict = f"the same function: {rounding}" if found.same else "different"
     return "\n".join([*lines, "", verdict])
 
 

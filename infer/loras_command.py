@@ -123,5 +123,5 @@ def _histogram(counts: dict[str, int], what: str = "layers") -> str:
 
 def _row(one: Listed) -> tuple[str, ...]:
     if one.problem:
-        return one.name, f"damaged: {one.problem} ({one.source})"
+        return one.name, f"damaged: {one.source} {one.problem}"
     return one.name, one.trigger_word, one.base, one.rank, size_text(one.bytes), one.date, one.source

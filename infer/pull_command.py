@@ -12,7 +12,7 @@ from infer import lora_facts
 from infer.loras import PLAIN_NAMES, plain, unweighted
 from lorabooth.errors import UserError
 from lorabooth.lora_file import LoraFile
-from lorabooth.lowrank import described_beside
+from lorabooth.lowrank import ADAPTER_CONFIG, described_beside
 from lorabooth.notes import note
 from lorabooth.runs import durable_file, prepared, sha256_file
 
@@ -39,6 +39,8 @@ def pull(reference: str, out: str | None, as_json: bool) -> None:
         file = unweighted(reference, "to copy: the file stays as it is")
         target = folder / (name or f"{_name(file)}.safetensors")
         sha256 = copy(file, target)
+    if described_beside(file):
+        note(f"the strength of this LoRA, which PEFT keeps in {ADAPTER_CONFIG}, is in the copy's metadata; for other programs use lorabooth convert")
     told = {"file": str(target), "bytes": target.stat().st_size, "sha256": sha256, "name": file.name, "trigger_word": file.trigger_word}
     click.echo(json.dumps(told | {"base": lora_facts.base(file)}) if as_json else str(target))
 

@@ -19,7 +19,7 @@ def cut(text: str, limit: int = CELL_CHARACTERS) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
     """Lines of aligned columns; those whose heads are in `right` end at the right. A row of two cells is a name and a remark across all other columns."""
-    whole = [[cut(cell) for cell in row] for row in (head, *rows)]
+    whole = [[cut(cell, CELL_CHARACTERS * (1 + (len(row) < len(head)))) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in whole if i == 0 or len(row) == len(head)) for i in range(len(head))]
     room = (shutil.get_terminal_size().columns if sys.stdout.isatty() else CELL_CHARACTERS * len(head)) - len(GAP) * (len(head) - 1)
     while sum(widths) > room and max(widths) > NARROWEST:
@@ -27,7 +27,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[st
     lines = []
     for row in whole:
         if len(row) < len(head):
-            lines.append(f"{cut(row[0], widths[0]):<{widths[0]}}{GAP}{cut(row[1], sum(widths[1:]) + len(GAP) * (len(head) - 2))}")
+            lines.append(f"{cut(row[0], widths[0]):<{widths[0]}}{GAP}{cut(row[1], room + len(GAP) * (len(head) - 2) - widths[0])}")
             continue
         cells = [cut(cell, width) for cell, width in zip(row, widths, strict=True)]
         lines.append(GAP.join(f"{cell:>{width}}" if name in right else f"{cell:<{width}}" for cell, width, name in zip(cells, widths, head, strict=True)))
