@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from infer.lora_list import Listed, listed
 from infer.table import cut, table
@@ -31,6 +32,11 @@ def loras(context: click.Context, runs: Path, as_json: bool) -> None:
       lorabooth loras info runs/TOK-photos
     """
     if context.invoked_subcommand:
+        # They would be ignored: the subcommand has its own.
+        if given := [name for name in ("runs", "as_json") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
+            raise click.UsageError(
+                f"--{given[0].removeprefix('as_')} before {context.invoked_subcommand} is of the list: give options behind {context.invoked_subcommand}"
+            )
         return
     found = listed(runs)
     if as_json:

@@ -95,6 +95,12 @@ def test_what_is_listed_can_be_asked_about_by_where_it_is_from(machine: Path, si
     assert code == 0 and out.count("sha256") == 2
 
 
+def test_an_option_of_the_list_is_not_ignored_before_info(capsys: pytest.CaptureFixture[str]):
+    for option in (["--json"], ["--runs", "."]):
+        code, out, err = loras(capsys, *option, "info", "runs/x")
+        assert (code, out) == (2, "") and f"{option[0]} before info is of the list" in err
+
+
 def header(tensors: dict[str, Any], metadata: dict[str, Any] | None = None, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file with any header at all."""
     text = json.dumps(tensors | ({"__metadata__": metadata} if metadata else {})).encode()

@@ -164,9 +164,10 @@ def test_a_large_file_is_not_read_into_memory(here: Path):
     assert (here / "b.safetensors").stat().st_size == 8 + len(text) + size and peak < 8 << 20
 
 
-def test_the_strength_that_peft_keeps_beside_its_file_comes_along(here: Path):
+def test_the_strength_that_peft_keeps_beside_its_file_comes_along(here: Path, capsys: pytest.CaptureFixture[str]):
     peft = formats.peft_folder(here / "peft.safetensors", drawn_pairs())
     assert main(["pull", str(peft)]) == 0
+    assert "use lorabooth convert" in capsys.readouterr().err
     assert files(here) == ["peft", "peft.safetensors"], "named after its folder"
     assert main(["pull", str(peft)]) == 0, "the same file is there"
     assert main(["diff", str(of_mini(here / "peft.safetensors")), str(peft)]) == 0
