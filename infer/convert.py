@@ -13,7 +13,8 @@ from safetensors.torch import save
 from infer.loras import LoraChoice, resolve
 from infer.same_picture import LEVELS, picture_difference
 from lorabooth import checkpoints
-from lorabooth.conversion import DTYPES, TOLERANCE, difference, merged, reduced, written
+from lorabooth.comparison import difference
+from lorabooth.conversion import DTYPES, TOLERANCE, merged, reduced, written
 from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.families import load_family

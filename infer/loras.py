@@ -53,6 +53,14 @@ def resolve(reference: str) -> LoraChoice:
     return LoraStore.from_environment().resolve(reference)
 
 
+def unweighted(reference: str, purpose: str) -> LoraFile:
+    """The same where only the file is meant: a UserError where a weight is given, which would be ignored. purpose: "to copy"."""
+    name, weight = split_weight(reference)
+    if weight != 1:
+        raise UserError(f"{safe(name)} has a weight of {weight:g}, which is of no use {purpose}", hint="leave it out")
+    return resolve(reference).file
+
+
 class LoraStore:
     """Resolves references. It may be shared by threads, and its folder by processes.
 
@@ -107,7 +115,7 @@ class LoraStore:
             file = self.civitai.file(reference)
             if file.size_bytes > self.limit_bytes:
                 raise too_large(f"{reference.page} ({file.name})", self.limit_bytes)
-            source = Source(file.url, key, reference.page, _plain(Path(file.name).stem) or f"civitai-{file.version}", file.sha256)
+            source = Source(file.url, key, reference.page, plain(Path(file.name).stem) or f"civitai-{file.version}", file.sha256)
             return self._cached(source, self.civitai.token_for(file.url, reference))
         except WebError as error:
             record = self.cache.record(key)
@@ -187,11 +195,11 @@ def _in_folder(folder: Path, name: str) -> Path:
 def _name_of(url: str) -> str:
     """What to call the file of an address: the last part of its path that tells it from others."""
     parts = urlsplit(url)
-    stems = [_plain(PurePosixPath(unquote(part)).stem) for part in parts.path.split("/") if part]
-    return next((stem for stem in reversed(stems) if stem and stem not in PLAIN_NAMES), _plain(parts.hostname or "") or "lora")
+    stems = [plain(PurePosixPath(unquote(part)).stem) for part in parts.path.split("/") if part]
+    return next((stem for stem in reversed(stems) if stem and stem not in PLAIN_NAMES), plain(parts.hostname or "") or "lora")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name from elsewhere, fit for a file of ours."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80]
 

@@ -19,9 +19,8 @@ from lorabooth.lowrank import Additions, LowRank
 
 FORMATS = keys.WRITTEN
 DTYPES = dict(zip(keys.PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
-PROBES = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of what a layer gives for random inputs, relative: the rounding of both matrices."""
+"""Of a layer's change, relative: the rounding of both matrices."""
 
 
 def written(found: Additions, layout: Layout, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,20 +129,3 @@ def reduced(found: Additions, rank: int) -> tuple[Additions, float]:
 
     transformer, clip = ({module: nearest(one) for module, one in part.items()} for part in (found.transformer, found.clip))
     return Additions(transformer, clip, found.left_out), (lost / whole) ** 0.5 if whole else 0.0
-
-
-def difference(a: Additions, b: Additions) -> float:
-    """The largest relative difference between what two LoRAs give in any layer for random inputs; infinite where they have other layers."""
-    worst, generator = 0.0, torch.Generator().manual_seed(0)
-    for ours, theirs in ((a.transformer, b.transformer), (a.clip, b.clip)):
-        if {m for m, one in ours.items() if len(one.down)} != {m for m, one in theirs.items() if len(one.down)}:
-            return float("inf")
-        for module, one in ours.items():
-            x = torch.randn(one.down.shape[1], PROBES, generator=generator)
-            first, second = one.up @ (one.down @ x), theirs[module].up @ (theirs[module].down @ x) if module in theirs else torch.zeros(1)
-            scale = float(first.norm())
-            worst = max(worst, float((first - second).norm()) / scale if scale else 0.0)
-            if one.magnitude is not None:
-                other = theirs[module].magnitude
-                worst = float("inf") if other is None else max(worst, float((one.magnitude - other).norm() / one.magnitude.norm()))
-    return worst

@@ -29,10 +29,14 @@ FORMATS = {
     "diffusers": r"(transformer|unet|text_encoder)\..+",
 }
 """Whose names these are; the first that matches counts."""
+NAME_CHARACTERS = 500
+"""No layer has a longer name. Those of strangers may have millions, and expressions take their time over them."""
 
 
 def split(key: str) -> tuple[str, str] | None:
     """A tensor's name as its layer's and its kind; None where it is no part of a LoRA."""
+    if len(key) > NAME_CHARACTERS:
+        return None
     return next(((m[1], kind) for kind, end in KINDS.items() if (m := re.fullmatch(rf"(.+?)\.(?:{end})", key))), None)
 
 

@@ -22,8 +22,6 @@ from torch import Tensor
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import CLIP_TARGETS, TARGETS
-from lorabooth.lora_file import MAX_HEADER_BYTES as MAX_HEADER_BYTES
-from lorabooth.lora_file import LoraFile as LoraFile
 from lorabooth.runs import write_durable
 
 PREFIX = "transformer."

@@ -4,7 +4,6 @@ Formats: diffusers and PEFT (ai-toolkit's too), kohya, BFL and ComfyUI, XLabs; t
 `lora_adapter_metadata` or from PEFT's adapter_config.json; DoRA's magnitudes (Liu et al. 2024, arXiv 2402.09353).
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -17,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorabooth import keys
+from lorabooth.adapter_config import adapter_config
+from lorabooth.entry import printable
 from lorabooth.errors import UserError
 from lorabooth.layout import ClipLayout, Layout, Rows
 from lorabooth.lora_file import LoraFile
@@ -83,12 +84,16 @@ def _tensors(file: LoraFile) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file.path.name} cannot be read: {error}", hint="download it again") from None
     if method := keys.other_method(tensors):
-        raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {method[1]}", hint="convert it to a LoRA with the program that trained it")
+        raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {printable(method[1])}", hint="convert it to a LoRA with the program that trained it")
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{file.path.name} is damaged: {key} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again")
+            raise UserError(
+                f"{file.path.name} is damaged: {printable(key)} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again"
+            )
         if not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{file.path.name} is damaged: {key} holds numbers that are not finite", hint="use an earlier checkpoint of that training")
+            raise UserError(
+                f"{file.path.name} is damaged: {printable(key)} holds numbers that are not finite", hint="use an earlier checkpoint of that training"
+            )
     return tensors
 
 
@@ -96,7 +101,7 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
     """A layer of a file as the layers of diffusers that it stands for."""
     down, up = (parts[side][1].float().flatten(1) if parts[side][1].ndim > 1 else parts[side][1].float() for side in ("down", "up"))
     outputs, inputs = sum(_count(row) for row in rows), sizes[rows[0].module][1]
-    made_for = file.metadata.get("lorabooth.base") or "another model"
+    made_for = printable(file.metadata.get("lorabooth.base") or "another model")
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
         raise UserError(f"{file.path.name} is damaged: the two halves of {name} do not fit together ({tuple(down.shape)} and {tuple(up.shape)})")
     if (up.shape[0], down.shape[1]) != (outputs, inputs):
@@ -128,7 +133,7 @@ def alpha_of(file: LoraFile, name: str, stored: Tensor | None, rank: int) -> tup
     if stored is not None:
         alpha = float(stored) if stored.numel() == 1 else _damaged_alpha(file, name)
         return alpha, alpha / rank
-    config = _adapter_config(file, name)
+    config = adapter_config(file, name)
     if "lora_alpha" not in config:
         return float(rank), 1.0
     module = re.sub(r"^(transformer|text_encoder|base_model\.model)\.", "", name)
@@ -142,31 +147,9 @@ def _damaged_alpha(file: LoraFile, name: str) -> float:
     raise UserError(f"{file.path.name} is damaged: the alpha of {name} is not one number")
 
 
-def _adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
-    """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
-    beside = file.path.parent / keys.ADAPTER_CONFIG
-    try:
-        if text := file.metadata.get("lora_adapter_metadata"):
-            part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
-            return _checked({key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)})
-        if file.path.name == keys.ADAPTER_MODEL and beside.exists():
-            return _checked(json.loads(beside.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None
-    return {}
-
-
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a description counts here, with numbers where numbers are to be. Raises what their absence raises."""
-    if config.get("lora_alpha") is None:
-        return {}
-    pattern = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
-    return {"lora_alpha": float(config["lora_alpha"]), "alpha_pattern": pattern, "use_rslora": bool(config.get("use_rslora"))}
-
-
 def _of_another_model(file: LoraFile, model: str, names: list[str]) -> UserError:
-    made_for = file.metadata.get("lorabooth.base") or "another kind of model"
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    made_for = printable(file.metadata.get("lorabooth.base") or "another kind of model")
+    listed = ", ".join(map(printable, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     return UserError(
         f"{file.path.name} does not fit {model}, which lacks these layers of it: {listed} (the LoRA is of {made_for})", hint="give a LoRA of a FLUX.1 model"
     )

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
@@ -24,11 +24,18 @@ def write_durable(path: Path, data: bytes, new: bool = False) -> None:
 
     new: a FileExistsError where `path` is there, whichever process made it, and however late.
     """
+    with durable_file(path, new) as file:
+        file.write(data)
+
+
+@contextmanager
+def durable_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
+    """The same for what is too large for memory: a file to write to, which gets its name when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if new:

@@ -35,7 +35,8 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import TARGETS, Conditioning, Flux1
 from lorabooth.layout import sizes_of
-from lorabooth.lora import LoraFile, LoraSpec
+from lorabooth.lora import LoraSpec
+from lorabooth.lora_file import LoraFile
 from scripts.bench_startup import machine_record
 
 STEPS, GUIDANCE, SEED = 28, 3.5, 7

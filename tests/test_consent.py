@@ -15,7 +15,7 @@ from lorabooth.cli import main
 from lorabooth.config import Subject, TrainConfig, load_config
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import tiny
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from train import export
 from train.command import RECIPES

@@ -24,11 +24,13 @@ from infer.request import Request
 from infer.same_picture import picture_difference
 from lorabooth import conversion
 from lorabooth.cli import main
-from lorabooth.conversion import FORMATS, difference, merged, reduced, written
+from lorabooth.comparison import difference
+from lorabooth.conversion import FORMATS, merged, reduced, written
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import TARGETS, Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
-from lorabooth.lora import LoraFile, LoraSpec
+from lorabooth.lora import LoraSpec
+from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, LowRank, additions
 
 FAMILY = Flux1("mini")

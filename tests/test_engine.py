@@ -24,7 +24,8 @@ from infer.request import Request, Source
 from infer.settings import Settings
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.lora import LoraSpec, save_lora, tensors
+from lorabooth.lora_file import LoraFile
 from lorabooth.pinned import PinnedMemory
 from lorabooth.sizes import GB
 from lorabooth.speed import ASSUMED

@@ -19,7 +19,8 @@ from lorabooth.cli import main
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import tiny
-from lorabooth.lora import LoraFile, LoraSpec, save_lora, tensors
+from lorabooth.lora import LoraSpec, save_lora, tensors
+from lorabooth.lora_file import LoraFile
 
 PROMPT = "a portrait of TOK, smiling"
 FAST = ("--model", "mini", "--steps", "2", "--width", "64", "--height", "64")

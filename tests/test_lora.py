@@ -17,7 +17,8 @@ from infer.loras import resolve, split_weight
 from lorabooth import flow, mini
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Conditioning, Flux1
-from lorabooth.lora import MAX_HEADER_BYTES, LoraFile, LoraSpec, save_lora, shorten, since, tensors
+from lorabooth.lora import LoraSpec, save_lora, shorten, since, tensors
+from lorabooth.lora_file import MAX_HEADER_BYTES, LoraFile
 
 CPU = torch.device("cpu")
 FAMILY = Flux1("mini")

@@ -20,7 +20,8 @@ from infer.request import Request
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import TARGETS, Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
-from lorabooth.lora import LoraFile, LoraSpec
+from lorabooth.lora import LoraSpec
+from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, additions
 
 FAMILY = Flux1("mini")

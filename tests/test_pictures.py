@@ -19,7 +19,7 @@ from infer.request import Request, Source
 from infer.writing import Writer
 from lorabooth.cli import main
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 
 FAST = ("--steps", "2", "--width", "64", "--height", "64")
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80).filter(lambda text: text.strip())

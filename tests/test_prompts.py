@@ -17,7 +17,7 @@ from infer.wildcards import has_wildcards
 from lorabooth.cli import main
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.mini import world
 
 SMALL = ("--steps", "1", "--width", "64", "--height", "64", "--seed", "7")

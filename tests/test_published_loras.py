@@ -17,7 +17,7 @@ from lorabooth.conversion import written
 from lorabooth.errors import UserError
 from lorabooth.families.flux1_dev import Flux1Dev
 from lorabooth.layout import ClipLayout, Layout, sizes_of
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, additions
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_loras.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import pytest
 from infer import picture
 from lorabooth.cli import main
 from lorabooth.families.flux1 import tiny
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from tests.test_processes import terminated
 

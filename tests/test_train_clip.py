@@ -18,7 +18,7 @@ from lorabooth.cli import main
 from lorabooth.config import load_config
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from lorabooth.sizes import GB
 from lorabooth.speed import ASSUMED

@@ -13,7 +13,7 @@ from infer.loras import LoraChoice
 from infer.trigger import STYLE_OPENING, Trigger, filled, triggers_of
 from lorabooth.captions import PLACEHOLDER
 from lorabooth.errors import UserError
-from lorabooth.lora import LoraFile
+from lorabooth.lora_file import LoraFile
 
 MAN = Trigger("TOK", "person", "a man")
 ANYONE = Trigger("TOK", "person", "a person")

@@ -15,7 +15,8 @@ from lorabooth.config import TrainConfig
 from lorabooth.device import check_gpu, compute_device
 from lorabooth.errors import StageFailed, UserError
 from lorabooth.families import load_family
-from lorabooth.lora import LoraFile, LoraSpec, save_lora
+from lorabooth.lora import LoraSpec, save_lora
+from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from train import report
 from train.base import pinned

@@ -1,0 +1,44 @@
+"""PEFT's description of an adapter, in which the strength of its LoRA stands: in a file's metadata, or beside it. Without torch."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorabooth.errors import UserError
+from lorabooth.keys import ADAPTER_CONFIG, ADAPTER_MODEL
+from lorabooth.lora_file import LoraFile
+
+
+def adapter_config(file: LoraFile, name: str) -> dict[str, Any]:
+    """PEFT's description of the part of a file to which a layer belongs: in its metadata, or beside it."""
+    if text := file.metadata.get("lora_adapter_metadata"):
+        part = "text_encoder." if name.startswith("text_encoder.") else "transformer."
+        with _described(file):
+            return _checked({key.removeprefix(part): value for key, value in json.loads(text).items() if key.startswith(part)})
+    return described_beside(file)
+
+
+def described_beside(file: LoraFile) -> dict[str, Any]:
+    """What counts here of PEFT's description in the folder of a file: lora_alpha, alpha_pattern, use_rslora; empty where the file needs none."""
+    beside = file.path.parent / ADAPTER_CONFIG
+    if file.path.name != ADAPTER_MODEL or "lora_adapter_metadata" in file.metadata or not beside.exists():
+        return {}
+    with _described(file):
+        return _checked(json.loads(beside.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _described(file: LoraFile) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{file.path.name}: the description of its adapter is not readable ({type(error).__name__})") from None
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a description counts here, with numbers where numbers are to be. Raises what their absence raises."""
+    if config.get("lora_alpha") is None:
+        return {}
+    pattern = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
+    return {"lora_alpha": float(config["lora_alpha"]), "alpha_pattern": pattern, "use_rslora": bool(config.get("use_rslora"))}
