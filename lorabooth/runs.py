@@ -38,9 +38,7 @@ def durable_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if new:
-            path.touch(exist_ok=False)  # the name is taken in one step; a hard link would do it, too, but not every disk has them
-        publish(temporary, path)
+        (_publish_new if new else publish)(temporary, path)
     except BaseException:  # a full disk, Ctrl-C: leave no litter
         temporary.unlink(missing_ok=True)
         raise
@@ -49,6 +47,19 @@ def durable_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
 def publish(temporary: Path, path: Path) -> None:
     """Rename a finished file or folder into place and fsync the folder that holds it."""
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def _publish_new(temporary: Path, path: Path) -> None:
+    """The same for a file, under a name that is taken in one step; raises FileExistsError where something has it."""
+    try:
+        os.link(temporary, path)  # with the content, so that no kill leaves an empty file
+        temporary.unlink()  # not renamed: of two names of one file, that would leave both
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        path.touch(exist_ok=False)
+        os.replace(temporary, path)
     sync_folder(path.parent)
 
 

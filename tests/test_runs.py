@@ -187,3 +187,13 @@ def test_json_of_a_run_comes_back_and_is_none_where_there_is_none(tmp_path: Path
     run.write_json("source.json", {"photos": "/a/Zoë.zip"})
     assert run.read_json("source.json") == {"photos": "/a/Zoë.zip"}
     assert json.loads((run.path / "config.json").read_text())["trigger_word"] == "TOK"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_takes_no_name_that_is_taken(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("this disk has no hard links")))
+    write_durable(tmp_path / "a", b"first", new=True)
+    with pytest.raises(FileExistsError):
+        write_durable(tmp_path / "a", b"second", new=True)
+    assert [(file.name, file.read_bytes(), file.stat().st_nlink) for file in tmp_path.iterdir()] == [("a", b"first", 1)]
