@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lorabooth import __version__, consent, hub
 from lorabooth.captions import PLACEHOLDER
 from lorabooth.config import TrainConfig
+from lorabooth.hub import HUB_NAME
 from lorabooth.licences import Licence, licence_of
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir
@@ -22,7 +23,6 @@ NOTICE = (
     "ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL."
 )
 """The attribution notice that the licence of FLUX.1 [dev] prescribes for derivatives (section 3)."""
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(run_dir: RunDir, repository: str, samples: Sequence[str] = ()) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from lorabooth import mini
 from lorabooth.errors import UserError
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model")
 """Weights as safetensors, configs and tokenizer files. Pickles and Python files stay on the hub: they could run code."""
 
@@ -28,14 +29,16 @@ def model_folder(model: str) -> Path | None:
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model} is a folder but not a diffusers pipeline: it has no model_index.json")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/", "~")):
+    if not HUB_NAME.fullmatch(model) or model.startswith((".", "/", "~")):
         raise UserError(f"unknown model {model!r}", hint="give 'mini', a hub repository such as black-forest-labs/FLUX.1-dev, or a local diffusers folder")
     return None
 
 
 def display_name(model: str) -> str:
     """What files say of their base: a hub name as it is, of a local folder only the last part, so that no path travels."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser().resolve().name
+    return model if HUB_NAME.fullmatch(model) and model[0] not in ".~" else Path(model).name  # a folder on a disk that is not there now
 
 
 def fetch(model: str, *patterns: str) -> Path:

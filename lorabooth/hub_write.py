@@ -13,6 +13,10 @@ class Broken(UserError):
     """The hub did not answer, or not as it should: a later attempt may do."""
 
 
+class Offline(Broken):
+    """The hub is not to be asked: no attempt will do until the user changes that."""
+
+
 @contextmanager
 def writing(repository: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into a UserError; Broken where trying again makes sense."""
@@ -24,14 +28,16 @@ def writing(repository: str) -> Iterator[None]:
     except HFValidationError:
         raise UserError(f"{repository!r} is not a name that a repository can have", hint="names look like owner/name") from None
     except OfflineModeIsEnabled:
-        raise Broken("the hub is not asked, for HF_HUB_OFFLINE is set", hint="unset it, then run the same command again") from None
+        raise Offline("the hub is not asked, for HF_HUB_OFFLINE is set", hint="unset it, then run the same command again") from None
     except RepositoryNotFoundError:
         raise UserError(f"the hub does not let this token write to {repository}, or has no such repository", hint="run: hf auth login") from None
     except HfHubHTTPError as error:
         raise _refused(repository, error.response.status_code, again) from None
+    except UnicodeEncodeError:  # in the header that carries it
+        raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
     except ValueError as error:  # what the hub finds wrong with the card, and what its storage says of a file
         raise UserError(f"the hub refuses what is pushed to {repository}: {' '.join(str(error).split())[:300]}") from None
-    except (HTTPError, ConnectionError, TimeoutError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the last two are how hf_xet, which carries large files where it is installed, fails
         raise Broken(f"the connection to the hub broke off ({type(error).__name__})", hint=again) from None
 
 

@@ -5,10 +5,10 @@ What came of it is kept in RUN/pushed.json, so that a push that failed is not fo
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from PIL import Image
@@ -16,18 +16,21 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorabooth import __version__, card, hub, xmp
 from lorabooth.errors import UserError
-from lorabooth.hub_write import PAUSE_SECONDS, Broken, writing
+from lorabooth.hub_write import PAUSE_SECONDS, Broken, Offline, writing
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
+Result = TypeVar("Result")
 ATTEMPTS = 4
 SAMPLES = 12
 RECORD = "pushed.json"
 OF_THE_HUB = (".gitattributes",)
 """Files that a new repository has already."""
+ACCOUNTS = ("wandb_project", "wandb_run", "wandb_entity")
+"""Settings of the recipe that name the user's accounts elsewhere, and are nobody else's business."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,36 @@ class Push:
 
     repository: str
     private: bool
+    """Whether it was to be private."""
     problem: str = ""
     begun: bool = False
     """Whether this run has written there, or has begun to: what is in the repository is its own."""
+    earlier: tuple[str, ...] = ()
+    """Other repositories of which that is true."""
     commit: str = ""
+    """The last that was made there; a later push that failed leaves it."""
     url: str = ""
     at: str = ""
 
     @classmethod
     def of(cls, run_dir: RunDir) -> "Push | None":
         """What is recorded; None where the run was never pushed."""
-        record = run_dir.read_json(RECORD)
-        return cls(**record) if record else None
+        try:
+            record = run_dir.read_json(RECORD)
+            return cls(**record | {"earlier": tuple(record.get("earlier", ()))}) if record else None
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{run_dir.path / RECORD} is damaged", hint="remove it, and name the repository: lorabooth push RUN OWNER/NAME --force") from None
+
+    @classmethod
+    def started(cls, before: "Push | None", repository: str, private: bool) -> "Push":
+        """The mark of a push that has not ended yet; what an earlier one has written stays known."""
+        interrupted = "it was interrupted"
+        if before is None:
+            return cls(repository, private, interrupted)
+        if before.repository == repository:
+            return replace(before, private=private, problem=interrupted)
+        written = (*before.earlier, before.repository) if before.begun else before.earlier
+        return cls(repository, private, interrupted, repository in written, tuple(name for name in written if name != repository))
 
     def record(self, run_dir: RunDir) -> None:
         """Write it into the run."""
@@ -63,13 +84,11 @@ def push(run_dir: RunDir, repository: str, private: bool = False, force: bool = 
         raise UserError(f"{run_dir.path} has no LoRA yet: its training has not ended", hint="run the same lorabooth train command again to go on")
     check_name(repository)
     before = Push.of(run_dir)
-    mark = Push(repository, private, "it was interrupted", begun=before is not None and before.repository == repository and before.begun)
+    mark = Push.started(before, repository, private)
+    mark.record(run_dir)
     try:
-        api = check(repository)
-        with writing(repository):
-            api.create_repo(repository, private=private, exist_ok=True)
-            if not mark.begun and not force:
-                _refuse_others(api, repository)
+        api = _tried(lambda: check(repository))
+        _tried(lambda: _prepare(api, repository, private, own=force or mark.begun))
         mark = replace(mark, begun=True)
         mark.record(run_dir)
         commit = _commit(api, run_dir, repository)
@@ -83,12 +102,12 @@ def push(run_dir: RunDir, repository: str, private: bool = False, force: bool = 
 
 def check_name(repository: str) -> None:
     """Refuse what no repository can be called."""
-    if not card.HUB_NAME.fullmatch(repository) or len(repository) > 96:
+    if not hub.HUB_NAME.fullmatch(repository) or len(repository) > 96:
         raise UserError(f"{repository!r} is not a name that a repository can have", hint="names look like owner/name")
 
 
 def check(repository: str) -> "HfApi":
-    """A client that may write to a repository of that name; a UserError where the name or the token is not right. Creates nothing."""
+    """A client that may write to a repository of that name; a UserError where the name or the token is not right, a note of whose it is. Creates nothing."""
     from huggingface_hub import HfApi, get_token
 
     check_name(repository)
@@ -103,6 +122,7 @@ def check(repository: str) -> "HfApi":
         raise UserError(f"the token is of {owner['name']}, who cannot write to what belongs to {wanted}", hint=f"push to {owner['name']}/NAME")
     if (owner.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token of {owner['name']} may read only", hint="make one that may write at https://huggingface.co/settings/tokens")
+    note(f"the LoRA goes to {repository} by the token of {owner['name']}")
     return api
 
 
@@ -112,9 +132,13 @@ def files(run_dir: RunDir, repository: str) -> dict[str, Any]:
     pictures = [run_dir.samples / f"step-{config.steps:06d}-{i}.png" for i in range(min(len(config.preview_prompts), SAMPLES))]
     samples = {}
     for i, picture in enumerate(pictures):
-        if picture.exists():
+        if not picture.exists():
+            continue
+        try:
             samples[f"samples/{i}.png"] = _sample(picture.read_bytes(), card.prompt_of(config, i), config.model)
-    recipe = {name: value for name, value in config.recipe().items() if value is not None}
+        except OSError:  # Pillow's, for what is no whole picture
+            note(f"{picture.name} is damaged, and not pushed")
+    recipe = {name: value for name, value in config.recipe().items() if value is not None and name not in ACCOUNTS}
     recipe |= {name: hub.display_name(recipe[name]) for name in ("model", "caption_model")}
     return {
         "lora.safetensors": run_dir.lora,
@@ -133,6 +157,19 @@ def _sample(png: bytes, prompt: str, model: str) -> bytes:
     return out.getvalue()
 
 
+def _prepare(api: "HfApi", repository: str, private: bool, own: bool) -> None:
+    """Make the repository where there is none; refuse one with files of others unless it is our `own`, and a public one where a private one is wanted."""
+    with writing(repository):
+        api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository, revision="main").private:
+            raise UserError(
+                f"{repository} exists and is public, and a private one was asked for",
+                hint=f"make it private at https://huggingface.co/{repository}/settings, choose another name, or add --public",
+            )
+        if not own:
+            _refuse_others(api, repository)
+
+
 def _refuse_others(api: "HfApi", repository: str) -> None:
     """Refuse a repository that has files: they are not this run's."""
     there = [name for name in api.list_repo_files(repository) if name not in OF_THE_HUB]
@@ -142,24 +179,28 @@ def _refuse_others(api: "HfApi", repository: str) -> None:
 
 
 def _commit(api: "HfApi", run_dir: RunDir, repository: str) -> "CommitInfo":
-    """One commit, tried again where the hub did not answer; what has arrived is not sent again, and a commit that was made is not made twice."""
+    """One commit; what has arrived is not sent again, and a commit whose answer was lost is not made twice."""
     content = files(run_dir, repository)
-    for attempt in _attempts():
+    message = f"{run_dir.config.trigger_word}: LoRA by lorabooth {__version__}"
+
+    def commit() -> "CommitInfo":
+        with writing(repository):
+            return api.create_commit(repository, _operations(content), commit_message=message)
+
+    return _tried(commit)
+
+
+def _tried(call: Callable[[], Result]) -> Result:
+    """The call's result; where the hub did not answer it is made again, after pauses that double."""
+    for attempt in range(1, ATTEMPTS):
         try:
-            with writing(repository):
-                return api.create_commit(repository, _operations(content), commit_message=f"{run_dir.config.trigger_word}: LoRA by lorabooth {__version__}")
+            return call()
+        except Offline:
+            raise
         except Broken as error:
-            if attempt == ATTEMPTS:
-                raise
             note(f"{error.message}; trying again")
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _attempts() -> Iterator[int]:
-    """1 to ATTEMPTS, with a pause between two that doubles."""
-    for attempt in range(1, ATTEMPTS + 1):
-        yield attempt
-        time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+    return call()
 
 
 def _operations(content: dict[str, Any]) -> "list[CommitOperationAdd]":

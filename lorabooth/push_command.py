@@ -26,11 +26,11 @@ def token_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
-@click.option("--private", is_flag=True, help="Make the repository private, where it is new.")
+@click.option("--private/--public", default=None, help="Make the repository private, where it is new. [default: as before, at first public]")
 @click.option("--force", is_flag=True, help="Write over files that are not of this run.")
 @click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON.")
 @token_option
-def push(run: Path, repository: str | None, private: bool, force: bool, as_json: bool) -> None:
+def push(run: Path, repository: str | None, private: bool | None, force: bool, as_json: bool) -> None:
     """Push the LoRA of RUN with its model card, its recipe and sample pictures; never photos or captions.
 
     The repository is made where there is none. A push that broke off goes on by the same command, without a name too.
@@ -47,10 +47,11 @@ def push(run: Path, repository: str | None, private: bool, force: bool, as_json:
 
     run_dir = RunDir.open(run)
     before = pushing.Push.of(run_dir)
-    if repository is None and before is None:
+    named = pushing.Push(run_dir.config.hf_repo_id, run_dir.config.hf_private) if before is None else before  # by a training killed before its push
+    if not (repository or named.repository):
         raise UserError("a repository is missing", hint=f"name one: lorabooth push {run} OWNER/NAME")
     with run_dir.locked():
-        done = pushing.push(run_dir, repository or (before.repository if before else ""), private or bool(before and before.private), force)
+        done = pushing.push(run_dir, repository or named.repository, named.private if private is None else private, force)
     licence = licence_of(run_dir.config.model)
     if licence.duties:
         click.echo(f"licence: {licence.name} ({licence.url}); the card says so, and what it asks", err=True)

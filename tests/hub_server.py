@@ -94,6 +94,8 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, handler: "type[Handler] | None" = None) -> None:
         super().__init__(("127.0.0.1", 0), handler or Handler)
         self.repositories: dict[str, Repository] = {}
+        self.private: dict[str, bool] = {}
+        """Repositories that only their owner sees; the others are public."""
         self.calls: list[Call] = []
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -152,7 +154,14 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if kind == "revision":
             siblings = [row | {"rfilename": row["path"]} for row in repository.tree()] if "blobs=" in self.path else []
-            info = {"id": match.group(1), "sha": repository.commit, "gated": repository.gated, "private": False, "tags": [], "siblings": siblings}
+            info = {
+                "id": match.group(1),
+                "sha": repository.commit,
+                "gated": repository.gated,
+                "private": self.server.private.get(match.group(1), False),
+                "tags": [],
+                "siblings": siblings,
+            }
             return self._json(info)
         if kind == "tree":
             return self._json(repository.tree())

@@ -44,7 +44,6 @@ class PushServer(HubServer):
         self.large: dict[str, bytes] = {}
         self.uploads: list[str] = []
         self.commits: list[tuple[str, list[str]]] = []
-        self.private: dict[str, bool] = {}
         self.seen: list[bytes] = []
         """All that was sent, to look for what must not be in it."""
 
@@ -62,7 +61,7 @@ class PushHandler(Handler):
     def do_GET(self) -> None:
         """Who has the token, or what the reading stand-in answers."""
         if self.path != "/api/whoami-v2":
-            return super().do_GET()
+            return None if self._failed() else super().do_GET()
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self._body()
         if self._failed():

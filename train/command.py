@@ -110,8 +110,9 @@ def _push(run_dir: RunDir, config: TrainConfig) -> str:
 
     try:
         return push(run_dir, config.hf_repo_id, config.hf_private).url
-    except UserError as error:
-        note(f"not pushed to {config.hf_repo_id}: {error.message}; the LoRA is here, and this goes on with it: lorabooth push {shlex.quote(str(run_dir.path))}")
+    except (UserError, OSError) as error:  # a full disk too
+        why = error.message if isinstance(error, UserError) else str(error)
+        note(f"not pushed to {config.hf_repo_id}: {why}; the LoRA is here, and this goes on with it: lorabooth push {shlex.quote(str(run_dir.path))}")
         return ""
 
 
