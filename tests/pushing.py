@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,11 @@ def started(hub: PushServer, *arguments: str, token: str = GOOD_TOKEN, **environ
     home = str(hub.folder.parent / "hf")
     ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
     command = [sys.executable, "-m", "lorabooth", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | ours | environment)
+    # A shell that started us in the background may have told us to ignore SIGINT, and a child inherits that.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | ours | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def pushed(hub: PushServer, *arguments: str, token: str = GOOD_TOKEN, **environment: str) -> subprocess.CompletedProcess[str]:

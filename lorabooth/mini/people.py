@@ -20,6 +20,14 @@ HELD_OUT: dict[str, world.Person] = {
     "cy": {"hair": "MOWGLI", "hair_color": "BLONDE_GOLDEN", "skin": "PALE", "glasses": "NONE", "beard": "MOUSTACHE_FANCY"},
 }
 """Identities made with values held out of pre-training."""
+MORE: dict[str, world.Person] = {
+    "di": {"hair": "BUN", "hair_color": "SILVER_GRAY", "skin": "TANNED", "glasses": "KURT", "beard": "NONE"},
+    "ed": {"hair": "EINSTEIN_HAIR", "hair_color": "PLATINUM", "skin": "LIGHT", "glasses": "NONE", "beard": "MOUSTACHE_MAGNUM"},
+    "fay": {"hair": "CURVY", "hair_color": "AUBURN", "skin": "DARK_BROWN", "glasses": "ROUND", "beard": "NONE"},
+    "gus": {"hair": "SHAGGY_MULLET", "hair_color": "BROWN", "skin": "YELLOW", "glasses": "KURT", "beard": "BEARD_MEDIUM"},
+    "hal": {"hair": "BUN", "hair_color": "BLACK", "skin": "BLACK", "glasses": "NONE", "beard": "BEARD_MAGESTIC"},
+}
+"""Others like them, for what needs more people than a test has time for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def _scenes(name: str, who: str, count: int, new: bool) -> list[Scene]:
     split = {a: _split(a, name)[new] for a in world.SCENE}
     # Each value comes up as often as the others, so that twelve photos show the person in everything of their half.
     rows = {a: [v for _ in range(-(-count // len(pool))) for v in rng.sample(pool, len(pool))] for a, pool in split.items()}
-    people = [HELD_OUT[name] | {a: rows[a][i] for a in world.SCENE} for i in range(count)]
+    people = [(HELD_OUT | MORE)[name] | {a: rows[a][i] for a in world.SCENE} for i in range(count)]
     return [Scene(person, world.describe(person, rng, who=who, say=world.SCENE, form=0)) for person in people]
 
 

@@ -1,0 +1,172 @@
+"""Likeness beside diffusers' script, on people the mini model never saw: `python -m scripts.bench_likeness`.
+
+For each person, seed and arm: 12 photos are trained on, and at some steps new scenes are drawn and read off against the truth: identity (is it the
+person), scene (is it what was asked for), and bleed (the identity that "a person" shows without the trigger word). Both arms have the same base, photos,
+captions, seed, LoRA and optimiser; the script is as it is (scripts/peer.py). What is done is kept in --work, so that hours of it can be interrupted.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import click
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from infer.engine import Engine
+from infer.loras import resolve
+from infer.request import Request
+from lorabooth import checkpoints, stages
+from lorabooth.families import load_family
+from lorabooth.mini import likeness, people, world
+from lorabooth.photos import ingest
+from lorabooth.runs import RunDir, write_durable
+from scripts.bench_startup import machine_record
+from scripts.peer import Encoding, Peer, read_photos
+from train import fit
+from train.checkpoint import save_checkpoint
+from train.command import recipe_config
+
+OURS, PEER = "lorabooth", "script"
+TRIGGER = "TOK"
+PEOPLE = tuple(people.HELD_OUT | people.MORE)
+
+
+def ours(name: str, seed: int, marks: list[int], folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int, float, Path]]:
+    """Train by the shipped recipe; at each mark: the step, the seconds so far, and the LoRA file."""
+    archive = folder / "photos.zip"
+    people.write_zip(archive, people.photos(name, "[trigger]"))
+    config = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, "seed": seed, "preview_every": 0, "steps": marks[-1], **settings})
+    run, start = RunDir.create(folder / "run", config), time.perf_counter()
+    ingest(archive, run.path)
+    for stage in ("caption", "encode"):
+        stages.run_stage(stage, run)
+    trainer = fit.start(run, config, load_family("mini"), Accelerator(cpu=True))
+    spent = time.perf_counter() - start
+    for mark in marks:
+        start = time.perf_counter()
+        while trainer.state.step < mark:
+            fit.train_step(trainer)
+        spent += time.perf_counter() - start
+        save_checkpoint(run, trainer.state)
+        file = folder / f"{mark}.safetensors"
+        assert checkpoints.save_as_lora(run, checkpoints.folders(run)[-1], file)
+        yield mark, spent, file
+
+
+def peer(name: str, seed: int, marks: list[int], folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int, float, Path]]:
+    """The same by the script, with the learning rate, rank, layers and batch of our recipe."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for i, scene in enumerate(people.photos(name, "[trigger]")):
+        scene.image().save(photos / f"{i:02}.png")
+        (photos / f"{i:02}.txt").write_text(scene.caption, encoding="utf-8")
+    recipe = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings}).recipe()
+    torch.manual_seed(seed)
+    start, family = time.perf_counter(), load_family("mini")
+    trainer = Peer(family, recipe, Encoding(family, *read_photos(photos, family.native_px), recipe["batch_size"], seed).batch)
+    spent, step = time.perf_counter() - start, 0
+    for mark in marks:
+        start = time.perf_counter()
+        while step < mark:
+            trainer.step()
+            step += 1
+        spent += time.perf_counter() - start
+        trainer.save(folder / str(mark))
+        yield mark, spent, folder / str(mark) / "pytorch_lora_weights.safetensors"
+
+
+ARMS: dict[str, Callable[..., Iterator[tuple[int, float, Path]]]] = {OURS: ours, PEER: peer}
+
+
+def scores(engine: Engine, name: str, scenes: int, lora: Path) -> dict[str, float]:
+    """Shares of attributes that are right: of the person and of the scene where the trigger word is said, of the person where it is not."""
+    asked, choices = people.new_scenes(name, TRIGGER, scenes), (resolve(str(lora)),)
+    truths = [scene.truth for scene in asked]
+
+    def drawn(prompts: list[str]) -> likeness.Scores:
+        pictures = [next(engine.generate(Request(prompt, 128, 128, seed=i, num_inference_steps=20), choices)).image for i, prompt in enumerate(prompts)]
+        return likeness.score(pictures, truths)
+
+    named, unnamed = drawn([scene.caption for scene in asked]), drawn([scene.caption.replace(TRIGGER, "a person") for scene in asked])
+    found = {"identity": (named, world.IDENTITY), "scene": (named, world.SCENE), "bleed": (unnamed, world.IDENTITY)}
+    return {what: round(likeness.mean(score, attributes), 4) for what, (score, attributes) in found.items()}
+
+
+def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one training, from --work where they are there already."""
+    file = work / f"{arm}-{name}-{seed}-{'-'.join(map(str, marks))}-{scenes}.json"
+    with suppress(OSError, ValueError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["settings"] == settings:
+            return list(kept["rows"])
+    rows, engine = [], Engine("mini")
+    with tempfile.TemporaryDirectory() as folder:
+        for mark, seconds, lora in ARMS[arm](name, seed, marks, Path(folder), settings if arm == OURS else {}):
+            rows.append({"arm": arm, "person": name, "seed": seed, "steps": mark, "seconds": round(seconds, 1), **scores(engine, name, scenes, lora)})
+    write_durable(file, json.dumps({"settings": settings, "rows": rows}).encode())
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]]:
+    """Means over people and seeds, for each arm and number of steps; `same_time`: the script's last mark within the time that ours took, if any."""
+    found = []
+    for mark in marks:
+        for arm in ARMS:
+            chosen = [row for row in rows if row["arm"] == arm and row["steps"] == mark]
+            if chosen:
+                means = {what: round(mean(row[what] for row in chosen), 3) for what in ("identity", "scene", "bleed", "seconds")}
+                found.append({"arm": arm, "steps": mark, "trainings": len(chosen), **means, "worst_identity": min(row["identity"] for row in chosen)})
+    for row in found:
+        if row["arm"] == OURS:
+            earlier = [other["steps"] for other in found if other["arm"] == PEER and other["seconds"] <= row["seconds"]]
+            row["same_time"] = max(earlier, default=0)
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """The means as Markdown."""
+    lines = ["| steps | arm | seconds | identity | worst identity | scene | identity without the trigger |", "|---|---|---|---|---|---|---|"]
+    for row in record["summary"]:
+        figures = [f"{row[what]:.0%}" for what in ("identity", "worst_identity", "scene", "bleed")]
+        lines.append(f"| {row['steps']} | {row['arm']} | {row['seconds']:.0f} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Trainings of each person by each arm.")
+@click.option("--steps", default="100,200,400,800", show_default=True, help="When pictures are drawn, by commas.")
+@click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of our recipe to try.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/likeness_curve.json"), show_default=True, help="Where the figures go.")
+def bench(names: str, seeds: int, steps: str, scenes: int, pairs: tuple[str, ...], work: Path, out: Path) -> None:
+    """Measure likeness over the steps, ours and the script's, and write it as JSON.
+
+    \b
+    Example:
+      python -m scripts.bench_likeness --people ada,bo --seeds 1 --steps 100,200
+    """
+    load, marks, settings = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), dict(pair.split("=", 1) for pair in pairs)
+    trainings = [(arm, name, seed) for seed in range(seeds) for name in names.split(",") for arm in ARMS]
+    rows = [row for arm, name, seed in tqdm(trainings, unit="training") for row in measure(work, arm, name, seed, marks, scenes, settings)]
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "settings": settings, "scenes": scenes,
+        "summary": summary(rows, marks), "rows": rows,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(record))
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,210 @@
+"""Training beside diffusers' script, on this machine's CPU: `python -m scripts.bench_train`.
+
+Steps: ours against three arms of the script (scripts/peer.py): as it is, with photos and captions encoded at each step; with everything encoded
+ahead, which it cannot do for captions; and that compiled. Same base, LoRA, optimiser and batch; the arms take turns, and ratios are of
+medians. Two bases: FLUX.1-dev's 57 blocks made so narrow that nothing but the host's work for each operator is left, and the mini model.
+Job: both from a folder of photos to a LoRA file on the mini model, as processes of their own, in turns; `--peer-script` runs the original in its place.
+"""
+
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import click
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from lorabooth import mini
+from lorabooth.families import load_family
+from lorabooth.families.flux1 import Conditioning, Flux1
+from lorabooth.mini.people import DEMO_ZIP
+from scripts.bench_generate import seconds_of
+from scripts.bench_startup import machine_record
+from scripts.gpu_check import Case, write_run
+from scripts.peer import CPU, Batch, Encoding, Peer, caption_of, read_photos
+from scripts.random_flux import TINY, Size, random_conditioning, write_model
+from train import fit
+
+DEEP = replace(TINY, name="57 blocks, 16 wide", transformer=TINY.transformer | {"num_layers": 19, "num_single_layers": 38}, text_tokens=64, sides_px=(128,))
+WARM_UP_STEPS = 3
+SETTINGS: dict[str, Any] = {"lora_rank": 16, "targets": "attention+ff", "optimizer": "adamw", "caption_dropout_rate": 0.0, "learning_rate": 1e-3}
+OURS, AS_IT_IS, AHEAD, COMPILED = "lorabooth", "script as it is", "script, encoded ahead", "script, encoded ahead, compiled"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make an optimiser step."""
+
+    name: str
+    step: Callable[[], Any]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that reach the device's kernels; views are free and are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def our_arm(folder: Path, family: Flux1, size: Size, settings: dict[str, Any]) -> Arm:
+    """`train.fit.train_step` on a run of random latents."""
+    run = write_run(folder, family, size, torch.float32, Case("step", size.sides_px[0], settings))
+    trainer = fit.start(run, run.config, family, Accelerator(cpu=True))
+    return Arm(OURS, lambda: fit.train_step(trainer))
+
+
+def peer_arms(family: Flux1, size: Size, settings: dict[str, Any], photos: Path, compiled: bool) -> list[Arm]:
+    """The script's; as it is only where the base has text encoders."""
+    batch, side = settings["batch_size"], size.sides_px[0] // 8
+    latents, one = torch.randn(batch, 16, side, side, generator=torch.Generator().manual_seed(0)), random_conditioning(size, torch.float32)
+    ahead = Batch(latents, Conditioning(one.embeds.repeat(batch, 1, 1), one.pooled.repeat(batch, 1)))
+    found = []
+    if family.model == "mini":
+        encoding = Encoding(family, *read_photos(photos, size.sides_px[0]), batch)
+        found.append(Arm(AS_IT_IS, Peer(family, settings, encoding.batch).step))
+    found.append(Arm(AHEAD, Peer(family, settings, lambda: ahead).step))
+    return found + ([Arm(COMPILED, Peer(family, settings, lambda: ahead, compiled=True).step)] if compiled else [])
+
+
+def mini_size() -> Size:
+    """The mini model's shapes."""
+    family = load_family("mini")
+    return replace(TINY, name="mini", transformer=family.config("transformer"), text_tokens=family.text_tokens, sides_px=(128,))
+
+
+def compare(arms: list[Arm], steps: int, name: str) -> dict[str, Any]:
+    """Seconds and operators of each arm's step; the arms take turns, so that what else the machine does meets all."""
+    times: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for i in tqdm(range(WARM_UP_STEPS + steps), desc=name, unit="step of each"):
+        for arm in arms:
+            seconds = seconds_of(arm.step, CPU)
+            if i >= WARM_UP_STEPS:
+                times[arm.name].append(seconds)
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        deciles = quantiles(times[arm.name], n=10, method="inclusive")
+        rows[arm.name] = {"median_seconds": median(times[arm.name]), "p10_seconds": deciles[0], "p90_seconds": deciles[-1]}
+        if arm.name != COMPILED:  # whose kernels are not torch's operators
+            with Operators() as operators:
+                arm.step()
+            rows[arm.name]["operators"] = sum(operators.counts.values())
+    peers = {name: row["median_seconds"] for name, row in rows.items() if name != OURS}
+    strongest = min(peers, key=lambda name: peers[name])
+    ours = rows[OURS]["median_seconds"]
+    ratios = {"over_strongest": ours / peers[strongest], "strongest": strongest, "operator_ratio": rows[OURS]["operators"] / rows[AHEAD]["operators"]}
+    return {"arms": rows, **ratios, **({"over_as_it_is": ours / peers[AS_IT_IS]} if AS_IT_IS in peers else {})}
+
+
+def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_script: Path | None) -> dict[str, Any]:
+    """Wall seconds from photos with captions to a LoRA file, each side `rounds` times, in turns; without previews, which the script does not make either."""
+    common = ("--steps", str(steps), "--batch-size", "4")
+    times: dict[str, list[float]] = {OURS: [], AS_IT_IS: []}
+    for i in tqdm(range(rounds), desc="whole job", unit="round"):
+        commands = {
+            OURS: [
+                *(sys.executable, "-m", "lorabooth", "train", str(photos), "--trigger", "TOK", "--model", "mini", *common),
+                *("--preview-every", "0", "--out", str(folder / f"ours-{i}")),
+            ],
+            AS_IT_IS: peer_command(peer_script, photos, folder / f"peer-{i}", steps),
+        }
+        for name, command in commands.items():
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            times[name].append(time.perf_counter() - start)
+            if done.returncode:
+                raise click.ClickException(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    ratio = median(times[OURS]) / median(times[AS_IT_IS])
+    return {"steps": steps, "seconds": times, "ratio": ratio, "peer": "the original script" if peer_script else "scripts/peer.py"}
+
+
+def peer_command(script: Path | None, photos: Path, out: Path, steps: int) -> list[str]:
+    """The original script, with the inputs under its own names, or our restatement of it."""
+    if script is None:
+        return [sys.executable, "-m", "scripts.peer", str(photos), str(out), "--steps", str(steps), "--batch-size", "4"]
+    rows = [{"file_name": file.name, "text": caption_of(file)} for file in sorted(photos.glob("*.png"))]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    layers = "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out"
+    layers += ",ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out"
+    options = {
+        "pretrained_model_name_or_path": str(mini.FOLDER), "dataset_name": str(photos), "caption_column": "text", "instance_prompt": "a portrait of TOK",
+        "output_dir": str(out), "resolution": "128", "train_batch_size": "4", "max_train_steps": str(steps), "rank": "16", "lora_layers": layers,
+        "learning_rate": "1e-3", "guidance_scale": "1", "optimizer": "adamw", "weighting_scheme": "none", "max_sequence_length": "48", "seed": "42",
+        "mixed_precision": "no", "lr_warmup_steps": "0",
+    }  # fmt: skip
+    return [sys.executable, str(script), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = ["| base | arm | median | p10 to p90 | operators | ours over it |", "|---|---|---|---|---|---|"]
+    for name, base in record["bases"].items():
+        ours = base["arms"][OURS]["median_seconds"]
+        for arm, row in base["arms"].items():
+            spread = f"{row['p10_seconds'] * 1000:.0f} to {row['p90_seconds'] * 1000:.0f} ms"
+            counted = f"{row['operators']:,}" if "operators" in row else "-"
+            lines.append(f"| {name} | {arm} | {row['median_seconds'] * 1000:.0f} ms | {spread} | {counted} | {ours / row['median_seconds']:.2f} |")
+    if job := record.get("job"):
+        for arm, seconds in job["seconds"].items():
+            over = median(job["seconds"][OURS]) / median(seconds)
+            spread = f"{min(seconds):.0f} to {max(seconds):.0f} s"
+            lines.append(f"| mini: zip to LoRA, {job['steps']} steps | {arm} | {median(seconds):.1f} s | {spread} | - | {over:.2f} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/train.json"), show_default=True, help="Where the figures go.")
+@click.option("--steps", default=30, show_default=True, type=click.IntRange(min=2), help="Timed steps of each arm.")
+@click.option("--job-steps", default=120, show_default=True, type=click.IntRange(min=0), help="Steps of the whole job; 0 leaves it out.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="How often the whole job is done by each.")
+@click.option("--compiled/--not-compiled", default=True, show_default=True, help="Whether there is an arm with torch.compile, which takes minutes.")
+@click.option("--peer-script", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The original train_dreambooth_lora_flux.py, for the job.")
+def bench(out: Path, steps: int, job_steps: int, rounds: int, compiled: bool, peer_script: Path | None) -> None:
+    """Time training beside diffusers' script and write both as JSON.
+
+    \b
+    Example:
+      python -m scripts.bench_train --steps 30
+    """
+    load = os.getloadavg()[0]
+    record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "timed_steps": steps, "bases": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with zipfile.ZipFile(DEMO_ZIP) as archive:
+            archive.extractall(folder / "photos")
+        deep = write_model(folder / "model", DEEP)
+        for family, size, batch in ((deep, DEEP, 1), (load_family("mini"), mini_size(), 4)):
+            settings = SETTINGS | {"batch_size": batch}
+            arms = [our_arm(folder / size.name, family, size, settings), *peer_arms(family, size, settings, folder / "photos", compiled)]
+            record["bases"][size.name] = settings | compare(arms, steps, size.name)
+            del arms
+            gc.collect()
+        if job_steps:
+            record["job"] = compare_jobs(folder / "photos", folder, job_steps, rounds, peer_script)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(record))
+
+
+if __name__ == "__main__":
+    bench()

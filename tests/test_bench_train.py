@@ -1,0 +1,51 @@
+"""Training beside diffusers' script: what does not depend on the machine."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lorabooth.families import load_family
+from lorabooth.layout import ClipLayout, Layout, sizes_of
+from lorabooth.lora_file import LoraFile
+from lorabooth.lowrank import additions
+from lorabooth.mini.people import DEMO_ZIP
+from scripts import bench_train, peer
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("bench") / "results" / "train.json"
+    done = CliRunner().invoke(bench_train.bench, ["--steps", "2", "--not-compiled", "--job-steps", "2", "--rounds", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return json.loads(out.read_text())
+
+
+def test_a_step_launches_little_more_than_half_of_the_scripts_operators(record: dict):
+    for base in record["bases"].values():
+        assert 0.3 < base["operator_ratio"] < 0.6
+        assert all(row["operators"] > 1000 and 0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in base["arms"].values())
+
+
+def test_every_arm_and_the_job_are_on_record_with_the_machine(record: dict):
+    assert record["machine"]["versions"]["torch"]
+    assert {name: list(base["arms"]) for name, base in record["bases"].items()} == {
+        "57 blocks, 16 wide": ["lorabooth", "script, encoded ahead"], "mini": ["lorabooth", "script as it is", "script, encoded ahead"],
+    }  # fmt: skip
+    assert all(base["optimizer"] == "adamw" and base["lora_rank"] == 16 and base["strongest"].startswith("script") for base in record["bases"].values())
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in record["job"]["seconds"].values())
+    told = bench_train.table(record)
+    assert told.count("| lorabooth |") == 3 and told.count("script as it is") == 2
+
+
+def test_the_peer_learns_and_writes_what_we_read(tmp_path: Path):
+    with zipfile.ZipFile(DEMO_ZIP) as archive:
+        archive.extractall(tmp_path / "photos")
+    done = CliRunner().invoke(peer.main, [str(tmp_path / "photos"), str(tmp_path / "out"), "--steps", "6"])
+    assert done.exit_code == 0, done.output
+    file = LoraFile.read(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    family = load_family("mini")
+    found = additions(file, Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip())), "mini")
+    assert len(found.transformer) == 44 and not found.left_out and all(one.up.abs().sum() > 0 for one in found.transformer.values())
