@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorabooth.config import TrainConfig
 from lorabooth.families import load_family
-from lorabooth.hub import display_name
+from lorabooth.hub import display_name, public_recipe
 from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, LoraSpec, clip_tensors, save_lora, since, tensors
 from lorabooth.runs import RunDir, sha256_file
 
@@ -58,7 +58,7 @@ def save_as_lora(run: RunDir, folder: Path, file: Path, raw: bool = False) -> bo
     metadata = {
         "modelspec.trigger_phrase": config.trigger_word,
         "lorabooth.base": base,
-        "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
+        "lorabooth.recipe": json.dumps(public_recipe(config)),
         "ss_steps": str(int(folder.name.removeprefix("step-"))),
     }
     save_lora(file, state, LoraSpec.of(config), metadata, file_dtype(config))

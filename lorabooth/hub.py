@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lorabooth import mini
+from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ACCOUNTS = ("wandb_project", "wandb_run", "wandb_entity")
+"""Settings of a recipe that name the user's accounts elsewhere, and are nobody else's business."""
 ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model")
 """Weights as safetensors, configs and tokenizer files. Pickles and Python files stay on the hub: they could run code."""
 
@@ -39,6 +42,12 @@ def display_name(model: str) -> str:
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser().resolve().name
     return model if HUB_NAME.fullmatch(model) and model[0] not in ".~" else Path(model).name  # a folder on a disk that is not there now
+
+
+def public_recipe(config: TrainConfig) -> dict[str, Any]:
+    """A recipe as it may travel in files: without paths of this machine and the user's accounts."""
+    recipe = {name: value for name, value in config.recipe().items() if name not in ACCOUNTS}
+    return recipe | {name: display_name(recipe[name]) for name in ("model", "caption_model")}
 
 
 def fetch(model: str, *patterns: str) -> Path:

@@ -29,8 +29,6 @@ SAMPLES = 12
 RECORD = "pushed.json"
 OF_THE_HUB = (".gitattributes",)
 """Files that a new repository has already."""
-ACCOUNTS = ("wandb_project", "wandb_run", "wandb_entity")
-"""Settings of the recipe that name the user's accounts elsewhere, and are nobody else's business."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,7 @@ def files(run_dir: RunDir, repository: str) -> dict[str, Any]:
             samples[f"samples/{i}.png"] = _sample(picture.read_bytes(), card.prompt_of(config, i), config.model)
         except OSError:  # Pillow's, for what is no whole picture
             note(f"{picture.name} is damaged, and not pushed")
-    recipe = {name: value for name, value in config.recipe().items() if value is not None and name not in ACCOUNTS}
-    recipe |= {name: hub.display_name(recipe[name]) for name in ("model", "caption_model")}
+    recipe = {name: value for name, value in hub.public_recipe(config).items() if value is not None}
     return {
         "lora.safetensors": run_dir.lora,
         "README.md": card.model_card(run_dir, repository, list(samples)).encode(),

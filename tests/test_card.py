@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from lorabooth import consent
 from lorabooth.card import NOTICE, model_card
+from lorabooth.hub import public_recipe
 from lorabooth.licences import LICENCES
 from lorabooth.runs import RunDir
 
@@ -83,3 +84,12 @@ def test_consent_and_likeness_stand_in_it_where_they_were_given(run: RunDir):
     run.write_json("likeness.json", {"by": "a drawing", "scores": {"identity right": 0.987}})
     card = model_card(run, "me/tok")
     assert agreed.sentence() in card and "## Likeness" in card and "| identity right | 0.99 |" in card
+
+
+def test_a_recipe_that_travels_has_no_path_and_no_account(run: RunDir, tmp_path: Path):
+    (tmp_path / "secret" / "my-llava").mkdir(parents=True)
+    config = changed(run, caption_model=str(tmp_path / "secret" / "my-llava"), wandb_entity="me-secret", wandb_run="secret").config
+    told = json.dumps(public_recipe(config))
+    assert "secret" not in told and '"caption_model": "my-llava"' in told
+    (tmp_path / "secret" / "my-llava").rmdir()
+    assert "secret" not in json.dumps(public_recipe(config))

@@ -87,7 +87,7 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
             "lorabooth.version": __version__,
             "lorabooth.base": base,
             "lorabooth.base_sha256": pinned(run_dir, "transformer"),
-            "lorabooth.recipe": json.dumps(config.recipe() | {"model": base}),
+            "lorabooth.recipe": json.dumps(hub.public_recipe(config)),
         }
         | thumbnail(run_dir)
         | ({"lorabooth.consent": agreed.sentence()} if agreed else {})
