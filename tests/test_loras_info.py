@@ -14,7 +14,6 @@ from test_loras_command import info, loras
 
 from lorabooth import keys
 
-
 NAMES = {
     "diffusers": "diffusers", "diffusers_with_alpha_in_its_metadata": "diffusers", "diffusers_with_alpha_tensors": "diffusers", "peft_folder": "PEFT adapter",
     "old_diffusers": "diffusers, old names", "kohya": "kohya", "comfyui": "BFL and ComfyUI", "onetrainer": "OneTrainer",
