@@ -141,6 +141,27 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(record: dict[str, Any]) -> str:
+    """The curves as an SVG: identity, scene and bleed over the steps, a panel each, an arm a line."""
+    panels, width, height, colours = ("identity", "scene", "bleed"), 260, 180, {OURS: "#06c", PEER: "#c60"}
+    marks = sorted({row["steps"] for row in record["summary"]})
+    places = {mark: 40 + i * (width - 60) / max(1, len(marks) - 1) for i, mark in enumerate(marks)}
+    parts = []
+    for panel, what in enumerate(panels):
+        left = panel * width
+        parts += [f'<text x="{left + 40}" y="16" font-weight="bold">{what}</text>']
+        for share in (0, 0.5, 1):
+            y = height - 30 - share * (height - 60)
+            parts += [f'<line x1="{left + 40}" x2="{left + width - 20}" y1="{y}" y2="{y}" stroke="#ddd"/><text x="{left + 6}" y="{y + 4}">{share:.0%}</text>']
+        parts += [f'<text x="{left + x}" y="{height - 8}" text-anchor="middle">{mark}</text>' for mark, x in places.items()]
+        for arm, colour in colours.items():
+            points = [(left + places[row["steps"]], height - 30 - row[what] * (height - 60)) for row in record["summary"] if row["arm"] == arm]
+            parts += [f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>']
+    parts += [f'<text x="{40 + 110 * i}" y="{height + 14}" fill="{colour}">{arm}</text>' for i, (arm, colour) in enumerate(colours.items())]
+    size = f'viewBox="0 0 {3 * width} {height + 24}" font-family="system-ui, sans-serif" font-size="11"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+
+
 @click.command()
 @click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Trainings of each person by each arm.")
@@ -150,7 +171,7 @@ def table(record: dict[str, Any]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/likeness_curve.json"), show_default=True, help="Where the figures go.")
 def bench(names: str, seeds: int, steps: str, scenes: int, pairs: tuple[str, ...], work: Path, out: Path) -> None:
-    """Measure likeness over the steps, ours and the script's, and write it as JSON.
+    """Measure likeness over the steps, ours and the script's, and write it as JSON, with the curves beside it as an SVG.
 
     \b
     Example:
@@ -165,6 +186,7 @@ def bench(names: str, seeds: int, steps: str, scenes: int, pairs: tuple[str, ...
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".svg").write_text(plot(record), encoding="utf-8")
     click.echo(table(record))
 
 
