@@ -248,10 +248,10 @@ def steps_of(request: Request) -> int:
 def _reporter(progress: Progress | None, watch: Watch | None, pictures: int, done: int, total: int) -> sampling.Progress:
     """Reports the steps of one batch as a part of all."""
 
-    def report(step: int, expected: Tensor) -> None:
+    def report(step: int, expected: Callable[[], Tensor]) -> None:
         if progress:
             progress(done + step * pictures, total)
         if watch:
-            watch(expected)
+            watch(expected())
 
     return report

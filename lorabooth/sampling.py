@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from lorabooth import flow
 from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
 
-Progress = Callable[[int, Tensor], None]
-"""Called after each denoising step: steps done, and the latents [B, 16, h, w] of the picture that is expected so far."""
+Progress = Callable[[int, Callable[[], Tensor]], None]
+"""Called after each step: steps done, and what gives the latents [B, 16, h, w] of the pictures that are expected so far, which few look at."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,14 @@ def denoise(
         if known and changes is not None:
             moved = torch.lerp(torch.lerp(picture, drawn, next_sigma), moved, changes)
         if progress:
-            progress(i + 1, flow.unpack(x.float() - sigma * predicted, height, width))
+            progress(i + 1, partial(_expected, x, predicted, sigma, height, width))
         x = moved.to(dtype)
     return flow.unpack(x, height, width)
+
+
+def _expected(x: Tensor, predicted: Tensor, sigma: float, height: int, width: int) -> Tensor:
+    """The latents without noise, as a step's velocity points to them."""
+    return flow.unpack(x.float() - sigma * predicted, height, width)
 
 
 @torch.no_grad()
