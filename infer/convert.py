@@ -2,12 +2,13 @@
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from safetensors import safe_open
 from safetensors.torch import save
 
 from infer.loras import LoraChoice, resolve
@@ -26,6 +27,8 @@ from lorabooth.lowrank import Additions, additions
 from lorabooth.notes import note
 from lorabooth.runs import RunDir, write_durable
 
+STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+"""Precisions by safetensors' names."""
 NOT_TRUE_ANY_MORE = ("lora_adapter_metadata", "sshs_legacy_hash")
 
 
@@ -40,8 +43,7 @@ def export_run(run: Path, raw: bool, form: str, dtype: str | None, rank: int | N
         file = Path(folder) / f"{run.resolve().name}-raw.safetensors"
         if not any(checkpoints.save_as_lora(run_dir, step, file, raw=True) for step in reversed(checkpoints.folders(run_dir))):
             raise UserError(f"{run} has no whole checkpoint, in which the raw weights would be")
-        raw_file = LoraFile.read(file)
-        write((LoraChoice(LoraFile(file, averaged.metadata, raw_file.shapes), 1.0),), form, dtype, rank, out)
+        write((LoraChoice(replace(LoraFile.read(file), metadata=averaged.metadata), 1.0),), form, dtype, rank, out)
 
 
 def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int | None, out: Path | None) -> None:
@@ -55,8 +57,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     wanted, lost = merged(parts), 0.0
     if rank:
         wanted, lost = reduced(wanted, rank)
-    wide = next((width for width in DTYPES.values() if str(width).removeprefix("torch.") == _stored(first)), DTYPES["fp32"])
-    precision = DTYPES[dtype] if dtype else wide
+    precision = DTYPES[dtype or STORED.get(Counter(first.dtypes.values()).most_common(1)[0][0], "fp32")]
     file = out or Path(f"{'-'.join(_plain(choice.file.name) for choice in choices)}-{form}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} must end in .safetensors")
@@ -90,11 +91,6 @@ def layouts(file: LoraFile) -> tuple[Layout, ClipLayout, str]:
     """The layers of the base that a file was made for; FLUX.1-dev's where it does not name a base that is on this machine."""
     family = load_family("mini") if file.metadata.get("lorabooth.base") == "mini" else Flux1Dev()
     return Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip())), family.model
-
-
-def _stored(file: LoraFile) -> str:
-    with safe_open(file.path, "pt") as opened:
-        return str(opened.get_tensor(next(iter(opened.keys()))).dtype).removeprefix("torch.")
 
 
 def _plain(name: str) -> str:

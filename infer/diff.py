@@ -127,6 +127,7 @@ def _text(text: str | None) -> str:
 
 
 def as_json_value(choices: tuple[LoraChoice, LoraChoice], found: Difference) -> dict[str, Any]:
+    """Everything about two LoRAs, fit for JSON."""
     files = [
         {"name": one.file.name, "sha256": one.file.sha256, "weight": one.weight, "format": keys.format_of(one.file.shapes), "dtypes": _dtypes(one.file)}
         for one in choices

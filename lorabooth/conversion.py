@@ -117,6 +117,7 @@ def reduced(found: Additions, rank: int) -> tuple[Additions, float]:
     lost = whole = 0.0
 
     def nearest(one: LowRank) -> LowRank:
+        """One layer, at most of that rank; what is lost is counted."""
         nonlocal lost, whole
         if one.magnitude is not None:
             raise UserError("the rank of a DoRA cannot be reduced: its scales depend on the whole change", hint="leave out --rank")

@@ -14,11 +14,14 @@ import torch
 from diffusers import FluxPipeline
 from lora_server import LoraServer
 from lora_stores import new_store
+from push_server import PushServer
+from pushing import copy_with_secrets
 
 from infer.loras import LoraStore
 from lorabooth import consent, mini
 from lorabooth.cli import main
 from lorabooth.mini import people
+from lorabooth.runs import RunDir
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,3 +104,16 @@ def notices() -> list[str]:
 def store(site: LoraServer, tmp_path: Path, notices: list[str]) -> LoraStore:
     """An empty store that takes the site for CivitAI."""
     return new_store(site, tmp_path, notices)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[PushServer]:
+    """A stand-in hub that can be written to."""
+    with PushServer(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunDir:
+    """A finished run in whose photos, captions and path stand secrets, for tests that push it."""
+    return copy_with_secrets(tiny_run, tmp_path)

@@ -4,29 +4,17 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_server import GOOD_TOKEN, Repository, client
 from push_server import READ_TOKEN, Failure, PushServer
-from pushing import FILES, SECRET, copy_with_secrets, pushed, record, started
+from pushing import FILES, SECRET, pushed, record, started
 
 from lorabooth.card import model_card
 from lorabooth.config import load_config
 from lorabooth.runs import RunDir
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[PushServer]:
-    with PushServer(tmp_path / "hub") as server:
-        yield server
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> RunDir:
-    return copy_with_secrets(tiny_run, tmp_path)
 
 
 def test_one_commit_has_the_lora_its_card_its_recipe_and_samples_and_no_photo_or_caption(hub: PushServer, run: RunDir, tmp_path: Path):
