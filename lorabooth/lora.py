@@ -8,12 +8,10 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
@@ -107,31 +105,6 @@ class LoraSpec:
             layer.lora_A[ADAPTER].weight.copy_(a)
             layer.lora_B[ADAPTER].weight.copy_(b)
             base.data = (base.float() - self.scale * b @ a).to(base.dtype)
-
-
-def shorten(transformer: torch.nn.Module) -> None:
-    """Give each layer of a plain LoRA (no dropout, no DoRA) a forward pass of three operators where PEFT's has five.
-
-    y = W x + scale * B (A x), the scaling and the sum inside one product. It cannot be switched off or merged any more: for training.
-    """
-    for layer in transformer.modules():
-        if ADAPTER in getattr(layer, "lora_A", {}):
-            # A class, not a function for each layer: torch.compile takes layers of one class for the same code.
-            cast(Any, layer).__class__ = _short_class(cast(Any, type(layer)))
-
-
-@cache
-def _short_class(kind: type) -> type:
-    return type(f"Short{kind.__name__}", (_Short, kind), {})
-
-
-class _Short:
-    """Put before one of PEFT's LoRA layers."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        y, narrow = self.base_layer(x), F.linear(x, self.lora_A[ADAPTER].weight)
-        up = self.lora_B[ADAPTER].weight.t()
-        return torch.addmm(y.view(-1, y.shape[-1]), narrow.view(-1, narrow.shape[-1]), up, alpha=self.scaling[ADAPTER]).view(y.shape)
 
 
 def tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:

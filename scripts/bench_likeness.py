@@ -2,7 +2,8 @@
 
 For each person, seed and arm: 12 photos are trained on, and at some steps new scenes are drawn and read off against the truth: identity (is it the
 person), scene (is it what was asked for), and bleed (the identity that "a person" shows without the trigger word). Both arms have the same base, photos,
-captions, seed, LoRA and optimiser; the script is as it is (scripts/peer.py). What is done is kept in --work, so that hours of it can be interrupted.
+captions, seed, LoRA and optimiser; the script is as it is (scripts/peer.py). What is done is kept in --work, so that hours of it can be interrupted, and
+so that several processes, each with some of the --people and OMP_NUM_THREADS=1, can share it: seconds are those of the processor, not of the wall.
 """
 
 import json
@@ -45,17 +46,17 @@ def ours(name: str, seed: int, marks: list[int], folder: Path, settings: dict[st
     archive = folder / "photos.zip"
     people.write_zip(archive, people.photos(name, "[trigger]"))
     config = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, "seed": seed, "preview_every": 0, "steps": marks[-1], **settings})
-    run, start = RunDir.create(folder / "run", config), time.perf_counter()
+    run, start = RunDir.create(folder / "run", config), time.process_time()
     ingest(archive, run.path)
     for stage in ("caption", "encode"):
         stages.run_stage(stage, run)
     trainer = fit.start(run, config, load_family("mini"), Accelerator(cpu=True))
-    spent = time.perf_counter() - start
+    spent = time.process_time() - start
     for mark in marks:
-        start = time.perf_counter()
+        start = time.process_time()
         while trainer.state.step < mark:
             fit.train_step(trainer)
-        spent += time.perf_counter() - start
+        spent += time.process_time() - start
         save_checkpoint(run, trainer.state)
         file = folder / f"{mark}.safetensors"
         assert checkpoints.save_as_lora(run, checkpoints.folders(run)[-1], file)
@@ -71,15 +72,15 @@ def peer(name: str, seed: int, marks: list[int], folder: Path, settings: dict[st
         (photos / f"{i:02}.txt").write_text(scene.caption, encoding="utf-8")
     recipe = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings}).recipe()
     torch.manual_seed(seed)
-    start, family = time.perf_counter(), load_family("mini")
+    start, family = time.process_time(), load_family("mini")
     trainer = Peer(family, recipe, Encoding(family, *read_photos(photos, family.native_px), recipe["batch_size"], seed).batch)
-    spent, step = time.perf_counter() - start, 0
+    spent, step = time.process_time() - start, 0
     for mark in marks:
-        start = time.perf_counter()
+        start = time.process_time()
         while step < mark:
             trainer.step()
             step += 1
-        spent += time.perf_counter() - start
+        spent += time.process_time() - start
         trainer.save(folder / str(mark))
         yield mark, spent, folder / str(mark) / "pytorch_lora_weights.safetensors"
 
@@ -103,16 +104,16 @@ def scores(engine: Engine, name: str, scenes: int, lora: Path) -> dict[str, floa
 
 def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one training, from --work where they are there already."""
-    file = work / f"{arm}-{name}-{seed}-{'-'.join(map(str, marks))}-{scenes}.json"
+    settings = settings if arm == OURS else {}
+    told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", *(f"{key}={value}" for key, value in settings.items())]
+    file = work / f"{' '.join(told)}.json"
     with suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["settings"] == settings:
-            return list(kept["rows"])
+        return list(json.loads(file.read_text(encoding="utf-8")))
     rows, engine = [], Engine("mini")
     with tempfile.TemporaryDirectory() as folder:
-        for mark, seconds, lora in ARMS[arm](name, seed, marks, Path(folder), settings if arm == OURS else {}):
+        for mark, seconds, lora in ARMS[arm](name, seed, marks, Path(folder), settings):
             rows.append({"arm": arm, "person": name, "seed": seed, "steps": mark, "seconds": round(seconds, 1), **scores(engine, name, scenes, lora)})
-    write_durable(file, json.dumps({"settings": settings, "rows": rows}).encode())
+    write_durable(file, json.dumps(rows).encode())
     return rows
 
 

@@ -19,7 +19,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
-from lorabooth.lora import LoraSpec, shorten
+from lorabooth.lora import LoraSpec
 from lorabooth.quantized import QuantizedLinear, quantized
 from lorabooth.runs import RunDir
 from lorabooth.sizes import GB, blocks_of
@@ -28,6 +28,7 @@ from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
 from train import trainer as trainer_room
+from train.lean import lean
 from train.placement import place, start_plan
 from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import plans_for, shapes_of
@@ -68,7 +69,7 @@ def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed
     transformer.to(torch.bfloat16).requires_grad_(False)
     for p in LoraSpec(rank, rank, targets).attach(transformer, 0):
         p.data = p.data.to(torch.bfloat16)
-    shorten(transformer)
+    lean(transformer)
     start_plan(transformer, MemoryPlan("bf16", recomputed, 0, False), CPU, random=False)
     transformer.train()
     weights = {t.untyped_storage().data_ptr() for t in (*transformer.parameters(), *transformer.buffers())}

@@ -32,6 +32,7 @@ from lorabooth.cli import main
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
+from lorabooth.lora import LoraSpec
 from lorabooth.photos import Bucket, Manifest, ingest
 from lorabooth.runs import RunDir
 from train import encode, fit
@@ -120,8 +121,12 @@ def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir, le
     generator.manual_seed(7)
     noise = torch.randn(batch.latents.shape, generator=generator)
     sigmas = LEVELS[levels](len(noise), noise[0, 0].numel() // 4, generator)
-    reference = loss_as_in_diffusers(trainer.transformer, batch.latents, noise, sigmas, batch.conditioning, weighting)
-    theirs = torch.autograd.grad(reference, trainer.state.parameters)
+    plain = trainer.family.transformer(torch.device("cpu"), torch.float32)
+    parameters = LoraSpec.of(run.config).attach(plain, seed=0)
+    for p, mine in zip(parameters, trainer.state.parameters, strict=True):
+        p.data = mine.detach().clone()
+    reference = loss_as_in_diffusers(plain.train(), batch.latents, noise, sigmas, batch.conditioning, weighting)
+    theirs = torch.autograd.grad(reference, parameters)
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
     assert len(ours) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
     for mine, other in zip(ours, theirs, strict=True):

@@ -24,7 +24,7 @@ from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
-from lorabooth.lora import LoraSpec, shorten, tensors
+from lorabooth.lora import LoraSpec, tensors
 from lorabooth.notes import note
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
@@ -34,6 +34,7 @@ from train.base import pinned
 from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
 from train.compiled import compile_blocks, wanted
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
+from train.lean import lean
 from train.objective import drawn, loss_of
 from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter
@@ -132,7 +133,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         p.data = p.data.to(dtype)
     if not (config.lora_dropout or config.use_dora):
         for module in trained:
-            shorten(module)
+            lean(module)
     if plan.shards > 1:
         shard(transformer)
     start_plan(transformer, plan, device, random=config.lora_dropout > 0)

@@ -18,9 +18,10 @@ from lorabooth.lora import LoraSpec
 from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
-SAVED = {"attention": ((15.2, 4), (14.1, 3)), "attention+ff": ((20.2, 6), (19.1, 5)), "all-linear": ((24.2, 6), (21.0, 5))}
-"""What a (double, single) block keeps for its backward, for each token: multiples of the width, and of the rank, in bf16 values."""
-SAVED_BY_DROPOUT = 13.5
+SAVED = {"attention": ((13.2, 4), (12.1, 3)), "attention+ff": ((14.3, 6), (12.2, 5)), "all-linear": ((18.3, 6), (14.2, 5))}
+"""What a (double, single) block keeps for its backward (train/lean.py), for each token: multiples of the width, and of the rank, in bf16 values."""
+SAVED_BY_DROPOUT, SAVED_BY_DORA = 18.9, 24.5
+"""What is kept besides where the layers are PEFT's own, in multiples of the width."""
 WORKSPACE = 12.0
 """Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
 
@@ -107,10 +108,10 @@ def _block(config: TrainConfig) -> tuple[tuple[float, int], tuple[float, int]]:
 
 def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
     """Values kept for the backward pass for each token, by all blocks; the first blocks are those that recompute."""
-    total = 0.0
+    total, more = 0.0, SAVED_BY_DORA if config.use_dora else SAVED_BY_DROPOUT if config.lora_dropout else 0
     for i in range(len(shapes.blocks)):
         units, ranks = _block(config)[i >= shapes.double]
-        whole = (units + (SAVED_BY_DROPOUT if config.lora_dropout else 0)) * shapes.width + ranks * config.lora_rank
+        whole = (units + more) * shapes.width + ranks * config.lora_rank
         total += shapes.width if i < plan.recomputed else whole
     return total
 

@@ -1,0 +1,90 @@
+"""What each default of the recipe is worth, on people the mini model never saw: `python -m scripts.bench_choices`.
+
+Each row is the shipped recipe of the mini model (configs/mini.yaml) with one setting changed, measured as scripts/bench_likeness.py does. The choice is
+made at few steps, where trainings still differ; differences below the standard error of the row are none. Finished trainings are kept in --work.
+"""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from scripts.bench_likeness import OURS, PEOPLE, measure
+from scripts.bench_startup import machine_record
+
+SHIPPED = "as shipped"
+CHOICES = (
+    "", "learning_rate=5e-4", "learning_rate=2e-3", "lora_rank=4", "lora_rank=8", "lora_rank=32", "sigma_sampling=uniform", "sigma_sampling=shifted",
+    "loss_weighting=cosmap", "ema_decay=0", "ema_decay=0.9", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0", "preservation_rate=0.1",
+    "preservation_rate=0.2", "preservation_rate=0.3", "preservation_rate=0.5", "targets=attention", "targets=all-linear", "use_rslora=true", "use_dora=true",
+)  # fmt: skip
+
+
+def parsed(choice: str) -> dict[str, str]:
+    """`name=value name=value` as settings."""
+    return dict(pair.split("=", 1) for pair in choice.split())
+
+
+def summary(rows: list[dict[str, Any]], choices: tuple[str, ...], marks: list[int]) -> list[dict[str, Any]]:
+    """Means over people and seeds, for each choice and number of steps, with the standard error of identity."""
+    found = []
+    for choice in choices:
+        for mark in marks:
+            chosen = [row for row in rows if row["choice"] == choice and row["steps"] == mark]
+            means = {what: round(mean(row[what] for row in chosen), 3) for what in ("identity", "scene", "bleed", "seconds")}
+            error = stdev(row["identity"] for row in chosen) / len(chosen) ** 0.5 if len(chosen) > 1 else 0.0
+            worst = min(row["identity"] for row in chosen)
+            found.append(
+                {"choice": choice or SHIPPED, "steps": mark, "trainings": len(chosen), **means, "identity_error": round(error, 3), "worst_identity": worst}
+            )
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """The means as Markdown."""
+    marks = sorted({row["steps"] for row in record["summary"]})
+    titles = [f"{what} at {mark}" for what in ("identity", "scene", "without the trigger") for mark in marks]
+    lines = [f"| recipe | {' | '.join(titles)} | seconds |", "|---" * (len(titles) + 2) + "|"]
+    for choice in dict.fromkeys(row["choice"] for row in record["summary"]):
+        rows = [row for row in record["summary"] if row["choice"] == choice]
+        figures = [f"{row['identity']:.0%} ± {row['identity_error']:.0%}" for row in rows] + [f"{row[what]:.0%}" for what in ("scene", "bleed") for row in rows]
+        lines.append(f"| {choice} | {' | '.join(figures)} | {rows[-1]['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings of each person with each choice.")
+@click.option("--steps", default="25,50,100", show_default=True, help="When pictures are drawn, by commas.")
+@click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement.")
+@click.option("--choice", "choices", multiple=True, metavar="NAME=VALUE", help="Only these, and the recipe as it is; several settings by spaces.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/choices.json"), show_default=True, help="Where the figures go.")
+def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, ...], work: Path, out: Path) -> None:
+    """Measure what each setting of the recipe is worth and write it as JSON.
+
+    \b
+    Example:
+      python -m scripts.bench_choices --people ada,bo --choice learning_rate=2e-3
+    """
+    load, marks, tried = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), ("", *choices) if choices else CHOICES
+    trainings = [(choice, name, seed) for choice in tried for seed in range(seeds) for name in names.split(",")]
+    rows = []
+    for choice, name, seed in tqdm(trainings, unit="training"):
+        rows += [{"choice": choice, **row} for row in measure(work, OURS, name, seed, marks, scenes, parsed(choice))]
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "scenes": scenes,
+        "summary": summary(rows, tried, marks), "rows": rows,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(record))
+
+
+if __name__ == "__main__":
+    bench()
