@@ -79,9 +79,12 @@ class TrainConfig(BaseModel):
         "auto", description="Precision of the model that writes captions: auto, bf16 or nf4 (4 bits). auto is bf16 where it fits."
     )
     preservation_rate: float = Field(
-        0.0, ge=0, lt=1, description="Share of batches that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of photos, drawn for each step, that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
     )
-    class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger in those batches: a person, a man, a dog.")
+    class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog.")
     prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
     horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")

@@ -3,6 +3,7 @@
 Steps: ours, and ours compiled, against three arms of the script (scripts/peer.py): as it is, with photos and captions encoded at each step; with
 everything encoded ahead, which it cannot do for captions; and that compiled. Same base, LoRA, optimiser and batch; the arms take turns, and ratios are
 of medians. Two bases: FLUX.1-dev's 57 blocks made so narrow that nothing but the host's work for each operator is left, and the mini model.
+Besides seconds: the operators of a step, and the bytes that its forward pass keeps for the backward, which is the memory that grows with the picture.
 Job: both from a folder of photos to a LoRA file on the mini model, as processes of their own, in turns; `--peer-script` runs the original in its place.
 """
 
@@ -16,7 +17,8 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +56,7 @@ class Arm:
 
     name: str
     step: Callable[[], Any]
+    model: torch.nn.Module
 
 
 class Operators(TorchDispatchMode):
@@ -69,13 +72,31 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def kept_bytes(model: torch.nn.Module) -> Iterator[Counter[int]]:
+    """Bytes that forward passes inside keep for their backward, by the memory they lie in; the model's own weights are not counted."""
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: Counter[int] = Counter()
+    alive = []  # what is freed could give its place to the next
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        place = t.untyped_storage()
+        if place.data_ptr() not in weights:
+            kept[place.data_ptr()] = place.nbytes()
+            alive.append(place)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield kept
+
+
 def our_arm(folder: Path, family: Flux1, size: Size, settings: dict[str, Any], compiled: bool = False) -> Arm:
     """`train.fit.train_step` on a run of random latents."""
     run = write_run(folder, family, size, torch.float32, Case("step", size.sides_px[0], settings))
     trainer = fit.start(run, run.config, family, Accelerator(cpu=True))
     if compiled:
         compile_blocks(trainer)
-    return Arm(OURS_COMPILED if compiled else OURS, lambda: fit.train_step(trainer))
+    return Arm(OURS_COMPILED if compiled else OURS, lambda: fit.train_step(trainer), trainer.transformer)
 
 
 def peer_arms(family: Flux1, size: Size, settings: dict[str, Any], photos: Path, compiled: bool) -> list[Arm]:
@@ -83,12 +104,13 @@ def peer_arms(family: Flux1, size: Size, settings: dict[str, Any], photos: Path,
     batch, side = settings["batch_size"], size.sides_px[0] // 8
     latents, one = torch.randn(batch, 16, side, side, generator=torch.Generator().manual_seed(0)), random_conditioning(size, torch.float32)
     ahead = Batch(latents, Conditioning(one.embeds.repeat(batch, 1, 1), one.pooled.repeat(batch, 1)))
-    found = []
+    peers = {}
     if family.model == "mini":
-        encoding = Encoding(family, *read_photos(photos, size.sides_px[0]), batch)
-        found.append(Arm(AS_IT_IS, Peer(family, settings, encoding.batch).step))
-    found.append(Arm(AHEAD, Peer(family, settings, lambda: ahead).step))
-    return found + ([Arm(COMPILED, Peer(family, settings, lambda: ahead, compiled=True).step)] if compiled else [])
+        peers[AS_IT_IS] = Peer(family, settings, Encoding(family, *read_photos(photos, size.sides_px[0]), batch).batch)
+    peers[AHEAD] = Peer(family, settings, lambda: ahead)
+    if compiled:
+        peers[COMPILED] = Peer(family, settings, lambda: ahead, compiled=True)
+    return [Arm(name, peer.step, peer.plain) for name, peer in peers.items()]
 
 
 def mini_size() -> Size:
@@ -98,7 +120,7 @@ def mini_size() -> Size:
 
 
 def compare(arms: list[Arm], steps: int, name: str) -> dict[str, Any]:
-    """Seconds and operators of each arm's step; the arms take turns, so that what else the machine does meets all."""
+    """Seconds, operators and kept MB of each arm's step; the arms take turns, so that what else the machine does meets all."""
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for i in tqdm(range(WARM_UP_STEPS + steps), desc=name, unit="step of each"):
         for arm in arms:
@@ -112,12 +134,15 @@ def compare(arms: list[Arm], steps: int, name: str) -> dict[str, Any]:
         if arm.name not in (OURS_COMPILED, COMPILED):  # whose kernels are not torch's operators
             with Operators() as operators:
                 arm.step()
-            rows[arm.name]["operators"] = sum(operators.counts.values())
+            with kept_bytes(arm.model) as kept:
+                arm.step()
+            rows[arm.name] |= {"operators": sum(operators.counts.values()), "kept_mb": sum(kept.values()) / 1e6}
     seconds = {name: row["median_seconds"] for name, row in rows.items()}
     strongest, best = (min(set(seconds) & set(names), key=lambda name: seconds[name]) for names in ((AS_IT_IS, AHEAD, COMPILED), (OURS, OURS_COMPILED)))
     ratios = {"strongest": strongest, "our_best": best, "over_strongest": seconds[best] / seconds[strongest]}
     ratios |= {"over_as_it_is": seconds[OURS] / seconds[AS_IT_IS]} if AS_IT_IS in seconds else {}
-    return {"arms": rows, **ratios, "operator_ratio": rows[OURS]["operators"] / rows[AHEAD]["operators"]}
+    ratios |= {f"{what}_ratio": rows[OURS][of] / rows[AHEAD][of] for what, of in (("operator", "operators"), ("kept", "kept_mb"))}
+    return {"arms": rows, **ratios}
 
 
 def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_script: Path | None) -> dict[str, Any]:
@@ -161,18 +186,18 @@ def peer_command(script: Path | None, photos: Path, out: Path, steps: int) -> li
 
 def table(record: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["| base | arm | median | p10 to p90 | operators | ours over it |", "|---|---|---|---|---|---|"]
+    lines = ["| base | arm | median | p10 to p90 | operators | kept | ours over it |", "|---|---|---|---|---|---|---|"]
     for name, base in record["bases"].items():
         ours = base["arms"][OURS]["median_seconds"]
         for arm, row in base["arms"].items():
             spread = f"{row['p10_seconds'] * 1000:.0f} to {row['p90_seconds'] * 1000:.0f} ms"
-            counted = f"{row['operators']:,}" if "operators" in row else "-"
+            counted = f"{row['operators']:,} | {row['kept_mb']:.1f} MB" if "operators" in row else "- | -"
             lines.append(f"| {name} | {arm} | {row['median_seconds'] * 1000:.0f} ms | {spread} | {counted} | {ours / row['median_seconds']:.2f} |")
     if job := record.get("job"):
         for arm, seconds in job["seconds"].items():
             over = median(job["seconds"][OURS]) / median(seconds)
             spread = f"{min(seconds):.0f} to {max(seconds):.0f} s"
-            lines.append(f"| mini: zip to LoRA, {job['steps']} steps | {arm} | {median(seconds):.1f} s | {spread} | - | {over:.2f} |")
+            lines.append(f"| mini: zip to LoRA, {job['steps']} steps | {arm} | {median(seconds):.1f} s | {spread} | - | - | {over:.2f} |")
     return "\n".join(lines)
 
 

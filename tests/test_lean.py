@@ -15,7 +15,7 @@ from lorabooth.families.flux1 import Conditioning, Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.quantized import put_blocks
 from lorabooth.sizes import blocks_of
-from scripts.bench_train import Operators
+from scripts.bench_train import Operators, kept_bytes
 from train.lean import LeanLora, LeanSingleBlock, _neighbours, lean, norm_rope
 
 CPU = torch.device("cpu")
@@ -102,29 +102,14 @@ def test_norm_and_rotation_are_those_of_diffusers(dtype: torch.dtype):
     torch.testing.assert_close(*grads, **tolerance)
 
 
-def kept_bytes(transformer: FluxTransformer2DModel) -> int:
-    """Bytes that a forward pass keeps for its backward, without the weights."""
-    weights = {t.untyped_storage().data_ptr() for t in (*transformer.parameters(), *transformer.buffers())}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert velocity(transformer, transformer.dtype).requires_grad
-    return sum(kept.values())
-
-
 def test_a_third_less_is_kept_and_fewer_operators_are_launched():
     counts: list[tuple[int, int]] = []
     for change in (lambda _: None, lean):
         transformer, _ = with_lora(LoraSpec(4, 4, "attention+ff"), torch.bfloat16)
         change(transformer)
-        with Operators() as operators:
+        with Operators() as operators, kept_bytes(transformer) as kept, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             velocity(transformer, torch.bfloat16).float().square().mean().backward()
-        counts.append((kept_bytes(transformer), sum(operators.counts.values())))
+        counts.append((sum(kept.values()), sum(operators.counts.values())))
     (their_bytes, theirs), (our_bytes, ours) = counts
     assert our_bytes < 0.7 * their_bytes, f"{our_bytes} bytes, {their_bytes} without"
     assert ours < 0.8 * theirs, f"{ours} operators, {theirs} without"

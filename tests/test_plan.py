@@ -24,6 +24,7 @@ from lorabooth.quantized import QuantizedLinear, quantized
 from lorabooth.runs import RunDir
 from lorabooth.sizes import GB, blocks_of
 from lorabooth.speed import ASSUMED
+from scripts.bench_train import kept_bytes
 from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
@@ -72,20 +73,12 @@ def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed
     lean(transformer)
     start_plan(transformer, MemoryPlan("bf16", recomputed, 0, False), CPU, random=False)
     transformer.train()
-    weights = {t.untyped_storage().data_ptr() for t in (*transformer.parameters(), *transformer.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t
-        return t
-
     conditioning = Conditioning(torch.randn(1, 64, 32).bfloat16(), torch.randn(1, 16).bfloat16())
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with kept_bytes(transformer) as kept, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         family = load_family("mini")
         out = family.velocity(transformer, torch.randn(1, 64, 64).bfloat16(), torch.tensor([0.5]), 1.0, conditioning, flow.image_ids(16, 16))
     assert out.requires_grad
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) / 128 / 2
+    return sum(kept.values()) / 128 / 2
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear"])

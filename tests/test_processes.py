@@ -54,9 +54,10 @@ def terminated(process: subprocess.Popen[str], run: RunDir) -> str:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, tmp_path: Path, accumulation: int):
-    settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.0, "gradient_accumulation": accumulation}
+    settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.3, "gradient_accumulation": accumulation}
     one = untrained(tiny_run, tmp_path / "one", batch_size=2, **settings)
     two = untrained(tiny_run, tmp_path / "two", batch_size=1, **settings)
+    encode.run(one), encode.run(two)
     process = two_processes(two)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said

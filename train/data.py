@@ -113,8 +113,10 @@ class Batch:
     photos: tuple[str, ...]
     whole: int
     mine: slice
-    preserve: bool
-    """Whether the base's own prediction is the target."""
+    preserved: int
+    """Of how many items, the first ones, the base's own prediction is the target."""
+    preserving: bool
+    """Whether there are such items in any process's part."""
 
 
 class Sampler:
@@ -164,21 +166,30 @@ class Cache:
         return Conditioning(**{name: torch.stack([file[name] for file in files]) for name in files[0]})
 
     def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
-        """The tensors of some items. A share of captions is dropped to the bare trigger; a share of batches has the class phrase in its place.
+        """The tensors of some items. A share of captions is dropped to the bare trigger; a share of items, the first, has the class phrase in its place.
 
         mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes.
         """
         others = picked[0].photo.startswith(CLASS_PREFIX)
         dropped = EMPTY if others else TRIGGER_ONLY
         stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
-        preserve = not others and config.preservation_rate > 0 and rng.random() < config.preservation_rate
-        if preserve:
-            stems = [item.photo + CLASS_SUFFIX for item in picked]
+        # As many of each batch as the rate says, not whole batches: both kinds pull at once, and the weights swing less between them.
+        preserved = int(config.preservation_rate * len(picked) + rng.random()) if config.preservation_rate and not others else 0
+        stems = [item.photo + CLASS_SUFFIX for item in picked[:preserved]] + stems[preserved:]
         files = [self._file(item.latents_name) for item in picked[mine]]
         latents = torch.stack([file["latents"] for file in files])
         even = torch.ones(latents[0, 0].numel() // 4, 1)  # an image token is 2 x 2 cells
         weights = torch.stack([file.get("weights", even) for file in files])
-        return Batch(latents, weights, self.conditioning(stems[mine]), tuple(item.photo for item in picked[mine]), len(picked), mine, preserve)
+        return Batch(
+            latents,
+            weights,
+            self.conditioning(stems[mine]),
+            tuple(item.photo for item in picked[mine]),
+            len(picked),
+            mine,
+            len(range(preserved)[mine]),
+            preserved > 0,
+        )
 
 
 def write_cached(path: Path, tensors: dict[str, Tensor], key: str) -> None:

@@ -2,6 +2,7 @@
 
 The base is frozen, so a linear's input is needed for its LoRA only. What is an activation of something that is kept anyway (GELU's result, attention's and
 the feed-forward's side by side) is made again in the backward pass. Query and key are kept once, not at each step of their normalisation and rotation.
+Where blocks are compiled, all of that is the compiler's work, and it does it better where it sees single operators: then they are the libraries' own.
 """
 
 from collections.abc import Callable
@@ -50,6 +51,9 @@ class LeanLora:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if torch.compiler.is_compiling():
+            a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+            return cast(Tensor, self.base_layer(x) + F.linear(F.linear(x, a), b) * self.scaling[ADAPTER])
         return cast(Tensor, self.product(x, _itself, x))
 
     def product(self: Any, x: Tensor, remake: Remake, *kept: Tensor) -> Tensor:
@@ -115,6 +119,8 @@ class LeanFeedForward(FeedForward):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[B, N, width] -> the same."""
+        if torch.compiler.is_compiling():
+            return cast(Tensor, super().forward(hidden_states))
         hidden = cast(Any, self.net[0]).proj(hidden_states)
         return cast(Tensor, cast(Any, self.net[-1]).product(*_activated(hidden), _activated, hidden))
 
@@ -126,6 +132,8 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None, joint_attention_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, width] and text tokens [B, M, width] -> text and image tokens."""
+        if torch.compiler.is_compiling():
+            return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         count = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(tokens, emb=temb)
@@ -142,6 +150,8 @@ class LeanAttention(FluxAttnProcessor):
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, image_rotary_emb: Any = None
     ) -> Any:
         """Image tokens [B, N, width], and text tokens [B, M, width] where they still have weights of their own -> the same."""
+        if torch.compiler.is_compiling():
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         cos, sin = image_rotary_emb
         streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
         if encoder_hidden_states is not None:

@@ -30,21 +30,24 @@ def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[T
 def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
     """[B, N, 64], fp32, weighted by the photos' masks; noise as the latents, sigma [B].
 
-    Where the batch preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
+    Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
     """
     device = trainer.accelerator.device
-    if trainer.modulation:
-        trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, batch.conditioning.pooled)
-    x_0, noise, sigma = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
-    x = flow.add_noise(x_0, noise, sigma).to(base_dtype(device))
+    x_0, noise, levels = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
+    x = flow.add_noise(x_0, noise, levels).to(base_dtype(device))
     ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=x.dtype)
+    target, weights = flow.velocity(x_0, noise), sent(batch.weights, device)
 
-    def predict() -> Tensor:
-        conditioning = trainer.conditioned(batch.conditioning)
-        return trainer.family.velocity(trainer.transformer, x, sigma, GUIDANCE_IN_TRAINING, conditioning, ids).float()
+    def predict(count: int) -> Tensor:
+        """Of the first items."""
+        few = batch.conditioning.first(count)
+        if trainer.modulation:
+            trainer.modulation.show(sigma[:count], GUIDANCE_IN_TRAINING, few.pooled)
+        return trainer.family.velocity(trainer.transformer, x[:count], levels[:count], GUIDANCE_IN_TRAINING, trainer.conditioned(few), ids).float()
 
-    if not batch.preserve:
-        return sent(batch.weights, device) * (predict() - flow.velocity(x_0, noise)).square()
-    with with_weights(trainer, trainer.untrained), evaluating(trainer):
-        target = predict()
-    return (predict() - target).square()
+    if batch.preserving:  # all processes, even those without such items: where they share the base's weights, none can pass alone
+        with with_weights(trainer, trainer.untrained), evaluating(trainer):
+            own = predict(max(1, batch.preserved))[: batch.preserved]
+        target = torch.cat([own, target[batch.preserved :]])
+        weights = torch.cat([torch.ones_like(weights[: batch.preserved]), weights[batch.preserved :]])
+    return weights * (predict(len(x)) - target).square()
