@@ -82,7 +82,7 @@ class TrainConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="Share of photos, drawn for each step, that keep the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
+        description="Share of each batch that keeps the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
     )
     class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog.")
     prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
