@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -118,7 +119,7 @@ def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes
 
 
 def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]]:
-    """Means over people and seeds, for each arm and number of steps; `same_time`: the script's last mark within the time that ours took, if any."""
+    """Means over people and seeds, for each arm and number of steps; `script_at_equal_time`: its identity when ours had its own, between its marks."""
     found = []
     for mark in marks:
         for arm in ARMS:
@@ -126,19 +127,23 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
             if chosen:
                 means = {what: round(mean(row[what] for row in chosen), 3) for what in ("identity", "scene", "bleed", "seconds")}
                 found.append({"arm": arm, "steps": mark, "trainings": len(chosen), **means, "worst_identity": min(row["identity"] for row in chosen)})
+    theirs = [(row["seconds"], row["identity"]) for row in found if row["arm"] == PEER]
     for row in found:
-        if row["arm"] == OURS:
-            earlier = [other["steps"] for other in found if other["arm"] == PEER and other["seconds"] <= row["seconds"]]
-            row["same_time"] = max(earlier, default=0)
+        if row["arm"] == OURS and theirs and row["seconds"] >= theirs[0][0]:
+            row["script_at_equal_time"] = round(float(np.interp(row["seconds"], *zip(*theirs, strict=True))), 3)
     return found
 
 
 def table(record: dict[str, Any]) -> str:
     """The means as Markdown."""
-    lines = ["| steps | arm | seconds | identity | worst identity | scene | identity without the trigger |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| steps | arm | seconds | identity | worst identity | scene | identity without the trigger | the script's identity at equal time |",
+        "|---" * 8 + "|",
+    ]
     for row in record["summary"]:
         figures = [f"{row[what]:.0%}" for what in ("identity", "worst_identity", "scene", "bleed")]
-        lines.append(f"| {row['steps']} | {row['arm']} | {row['seconds']:.0f} | {' | '.join(figures)} |")
+        then = f"{row['script_at_equal_time']:.0%}" if "script_at_equal_time" in row else "-"
+        lines.append(f"| {row['steps']} | {row['arm']} | {row['seconds']:.0f} | {' | '.join(figures)} | {then} |")
     return "\n".join(lines)
 
 

@@ -8,25 +8,27 @@ import pytest
 from click.testing import CliRunner
 
 from lorabooth.mini import people, world
-from scripts import bench_likeness
+from scripts import bench_choices, bench_likeness
 from scripts.bench_likeness import OURS, PEER
+from train.command import recipe_config
 
 
 def rows() -> list[dict]:
     found = []
-    for arm, identity, seconds in ((OURS, 0.9, 10.0), (PEER, 0.7, 19.0)):
+    for arm, identity, seconds in ((OURS, 0.8, 10.0), (PEER, 0.7, 19.0)):
         for steps in (100, 200):
             for seed, more in ((0, 0.0), (1, 0.1)):
                 row = {"arm": arm, "person": "ada", "seed": seed, "steps": steps, "seconds": seconds * steps / 100}
-                found.append(row | {"identity": identity + more, "scene": 0.5, "bleed": 0.2})
+                found.append(row | {"identity": identity + more + steps / 1000 - 0.1, "scene": 0.5, "bleed": 0.2})
     return found
 
 
 def test_means_are_over_people_and_seeds_and_time_is_compared():
     summary = bench_likeness.summary(rows(), [100, 200])
     told = {(row["arm"], row["steps"]): row for row in summary}
-    assert told[OURS, 100]["identity"] == pytest.approx(0.95) and told[PEER, 200]["worst_identity"] == pytest.approx(0.7)
-    assert told[OURS, 200]["same_time"] == 100 and told[OURS, 100]["same_time"] == 0, "the script had done no mark when ours had done 100 steps"
+    assert told[OURS, 100]["identity"] == pytest.approx(0.85) and told[PEER, 200]["worst_identity"] == pytest.approx(0.8)
+    assert "script_at_equal_time" not in told[OURS, 100], "the script had done no mark when ours had done 100 steps"
+    assert told[OURS, 200]["script_at_equal_time"] == pytest.approx(0.75 + 0.1 * 1 / 19, abs=0.001), "20 s: a nineteenth of the way from 19 s to 38 s"
     assert bench_likeness.table({"summary": summary}).count("\n") == 5
     picture = ElementTree.fromstring(bench_likeness.plot({"summary": summary}))
     assert len(picture.findall("{*}polyline")) == 6
@@ -49,3 +51,18 @@ def test_both_arms_train_and_what_is_done_is_not_done_again(tmp_path: Path):
     record = json.loads((tmp_path / "out.json").read_text())
     assert [(row["arm"], row["steps"]) for row in record["rows"]] == [(OURS, 2), (OURS, 4), (PEER, 2), (PEER, 4)]
     assert all(0 <= row[what] <= 1 for row in record["rows"] for what in ("identity", "scene", "bleed")) and (tmp_path / "out.svg").exists()
+
+
+def test_each_choice_is_a_row_beside_the_shipped_recipe(tmp_path: Path):
+    found = [{"choice": choice, **row} for choice in ("", "lora_rank=4") for row in rows() if row["arm"] == OURS]
+    summary = bench_choices.summary(found, ("", "lora_rank=4"), [100, 200])
+    assert [(row["choice"], row["steps"]) for row in summary] == [("as shipped", 100), ("as shipped", 200), ("lora_rank=4", 100), ("lora_rank=4", 200)]
+    assert summary[0]["identity"] == pytest.approx(0.85) and summary[0]["identity_error"] == pytest.approx(0.05)
+    told = bench_choices.table({"summary": summary}).splitlines()
+    assert len(told) == 4 and all(line.count("|") == 9 for line in told), told
+    assert bench_choices.parsed("lora_rank=4 seed=1") == {"lora_rank": "4", "seed": "1"}
+
+
+def test_every_choice_that_the_benchmark_tries_is_one_of_the_recipe():
+    for choice in bench_choices.CHOICES:
+        recipe_config(None, {"model": "mini", "trigger_word": "TOK", **bench_choices.parsed(choice)})
