@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
+from lorabooth.families import load_family
 from lorabooth.runs import RunDir
 from tests.test_processes import untrained
 from train import encode, fit
-from train.compiled import wanted
+from train.compiled import compile_blocks, wanted
 from train.plan import MemoryPlan
 
 PLAN = MemoryPlan("bf16", 0, 0, False)
@@ -37,6 +40,25 @@ def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, setti
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-3)
     said = capsys.readouterr().err
     assert "compile (once" in said and "cannot be compiled" not in said
+
+
+def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    counters.clear()
+    compiling = torch.nn.Module.compile  # what is traced is the same for every backend, and this one makes no code
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiling(self, backend="eager", **options))
+    settings = {"resolution": "64,128", "preservation_rate": 0.25, "validation_photos": 1, "preview_every": 1}
+    run = untrained(tiny_run, tmp_path / "run", batch_size=2, **settings)
+    encode.run(run)
+    trainer = fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
+    compile_blocks(trainer)
+    before = counters["stats"]["unique_graphs"]
+    preserved = []
+    for step in range(12):
+        preserved.append(fit._batch(trainer, step)[0].preserved)
+        fit.train_step(trainer)
+    fit.validate(trainer), fit.preview(trainer)
+    assert set(preserved) == {0, 1} and len(trainer.sampler.by_bucket) == 2
+    assert counters["stats"]["unique_graphs"] == before > 0 and not counters["graph_break"]
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
 from lorabooth.runs import publish
 from train.encode import preview_stem
 from train.trackers import log_pictures
-from train.trainer import Trainer, evaluating, with_weights
+from train.trainer import Trainer, averaged
 
 PREVIEW_STEPS = 20
 PREVIEW_GUIDANCE = 3.5
@@ -26,7 +26,7 @@ def preview(trainer: Trainer) -> None:
         return
     px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
     latents = []
-    with with_weights(trainer, trainer.state.ema), evaluating(trainer):
+    with averaged(trainer):
         for i in range(len(config.preview_prompts)):
             cached = trainer.cache.conditioning([preview_stem(i)])
             start = sampling.noise(config.preview_seed, px, px)

@@ -116,3 +116,11 @@ def evaluating(trainer: Trainer) -> Iterator[None]:
     finally:
         for module, training in zip(trainer.trained, before, strict=True):
             module.train(training)
+
+
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """The averaged weights, without dropout, and one operator after the other: to compile the blocks once more, without gradients and
+    for other shapes, would take longer than a preview does."""
+    with with_weights(trainer, trainer.state.ema), evaluating(trainer), torch.compiler.set_stance("force_eager"):
+        yield

@@ -10,7 +10,7 @@ import torch
 from lorabooth.photos import Manifest
 from train.data import validation_items
 from train.objective import squared_error
-from train.trainer import Trainer, evaluating, with_weights
+from train.trainer import Trainer, averaged
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -19,7 +19,7 @@ def measure(trainer: Trainer) -> float:
     """The mean loss of the held-out photos with the averaged weights, over `SIGMAS`."""
     plain = trainer.config.model_copy(update={"caption_dropout_rate": 0.0, "preservation_rate": 0.0})
     errors = []
-    with with_weights(trainer, trainer.state.ema), evaluating(trainer):
+    with averaged(trainer):
         for item in validation_items(Manifest.load(trainer.run.path), trainer.config):
             batch = trainer.cache.batch([item], plain, random.Random(0))
             for i, sigma in enumerate(SIGMAS):
