@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from lorabooth import mini
+from lorabooth.device import base_dtype
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning, Flux1
 from lorabooth.mini.people import DEMO_ZIP
@@ -90,10 +91,10 @@ def kept_bytes(model: torch.nn.Module) -> Iterator[Counter[int]]:
         yield kept
 
 
-def our_arm(folder: Path, family: Flux1, size: Size, settings: dict[str, Any], compiled: bool = False) -> Arm:
-    """`train.fit.train_step` on a run of random latents."""
-    run = write_run(folder, family, size, torch.float32, Case("step", size.sides_px[0], settings))
-    trainer = fit.start(run, run.config, family, Accelerator(cpu=True))
+def our_arm(folder: Path, family: Flux1, size: Size, settings: dict[str, Any], compiled: bool = False, device: torch.device = CPU, px: int = 0) -> Arm:
+    """`train.fit.train_step` on a run of random latents, by default of the size's smallest pictures."""
+    run = write_run(folder, family, size, base_dtype(device), Case("step", px or size.sides_px[0], settings))
+    trainer = fit.start(run, run.config, family, Accelerator(cpu=device.type == "cpu"))
     if compiled:
         compile_blocks(trainer)
     return Arm(OURS_COMPILED if compiled else OURS, lambda: fit.train_step(trainer), trainer.transformer)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorabooth.captions import PLACEHOLDER
+from lorabooth.device import base_dtype
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning, Flux1
 from lorabooth.lora import LoraSpec
@@ -39,13 +40,16 @@ class Batch:
 
 
 class Peer:
-    """The script's trainer: `batch()` gives what a step trains on, cached or made anew."""
+    """The script's trainer: `batch()` gives what a step trains on, cached or made anew. On a GPU in bf16, as with --mixed_precision bf16."""
 
-    def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False):
-        self.family, self.batch = family, batch
-        self.accelerator, self.scheduler = Accelerator(cpu=True), FlowMatchEulerDiscreteScheduler()
-        self.plain = family.transformer(CPU, torch.float32)
+    def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU):
+        self.family, self.batch, self.device, self.dtype = family, batch, device, base_dtype(device)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.plain = family.transformer(device, self.dtype)
         self.parameters = LoraSpec(settings["lora_rank"], settings["lora_rank"], settings["targets"]).attach(self.plain, seed=0)
+        for p in self.parameters:  # which the script keeps in the base's precision
+            p.data = p.data.to(device, self.dtype)
         self.plain.train()
         optimizer = torch.optim.AdamW(self.parameters, lr=settings["learning_rate"], betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
         rates = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -59,20 +63,21 @@ class Peer:
             batch = self.batch()
             x_0, count = batch.latents, len(batch.latents)
             height, width = x_0.shape[2:]
-            ids = FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, CPU, torch.float32)
+            ids = FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, self.device, self.dtype)
             noise = torch.randn_like(x_0)
             places = (compute_density_for_timestep_sampling("none", count, 0.0, 1.0, 1.29) * self.scheduler.config.num_train_timesteps).long()
-            timesteps = self.scheduler.timesteps[places]
-            # The script looks each level up in the table by value.
-            levels = self.scheduler.sigmas[[(self.scheduler.timesteps == t).nonzero().item() for t in timesteps]].view(-1, 1, 1, 1)
+            timesteps = self.scheduler.timesteps[places].to(self.device)
+            # The script looks each level up in the table by value, and waits for the answer.
+            table, sigmas = self.scheduler.timesteps.to(self.device), self.scheduler.sigmas.to(self.device, x_0.dtype)
+            levels = sigmas[[(table == t).nonzero().item() for t in timesteps]].view(-1, 1, 1, 1)
             packed = FluxPipeline._pack_latents((1.0 - levels) * x_0 + levels * noise, count, 16, height, width)
             predicted = self.transformer(
                 hidden_states=packed,
                 timestep=timesteps / 1000,
-                guidance=torch.tensor([1.0]).expand(count) if self.family.uses_guidance else None,
+                guidance=torch.tensor([1.0], device=self.device).expand(count) if self.family.uses_guidance else None,
                 pooled_projections=batch.conditioning.pooled,
                 encoder_hidden_states=batch.conditioning.embeds,
-                txt_ids=torch.zeros(batch.conditioning.embeds.shape[1], 3),
+                txt_ids=torch.zeros(batch.conditioning.embeds.shape[1], 3, device=self.device, dtype=self.dtype),
                 img_ids=ids,
                 return_dict=False,
             )[0]

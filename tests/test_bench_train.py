@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from lorabooth.families import load_family
@@ -12,7 +13,7 @@ from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import additions
 from lorabooth.mini.people import DEMO_ZIP
-from scripts import bench_train, peer
+from scripts import bench_train, gpu_train, peer
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,21 @@ def test_the_peer_learns_and_writes_what_we_read(tmp_path: Path):
     family = load_family("mini")
     found = additions(file, Layout(sizes_of(family.empty_transformer())), ClipLayout(sizes_of(family.empty_clip())), "mini")
     assert len(found.transformer) == 44 and not found.left_out and all(one.up.abs().sum() > 0 for one in found.transformer.values())
+
+
+def test_the_arms_for_a_gpu_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    every = gpu_train.makers
+    monkeypatch.setattr(gpu_train, "makers", lambda *a: {name: make for name, make in every(*a).items() if "compiled" not in name})
+    out = tmp_path / "results" / "gpu_train.json"
+    done = CliRunner().invoke(gpu_train.bench, ["--tiny", "--steps", "2", "--px", "64", "--batch-size", "2", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    [case] = json.loads(out.read_text())["cases"]
+    assert list(case["arms"]) == ["lorabooth", "script as it is", "script, encoded ahead"] and case["batch"] == 2
+    assert all(0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in case["arms"].values())
+    assert done.output.count("| 64 px, batch 2 |") == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would start")
+def test_without_a_gpu_the_true_size_is_refused_in_a_sentence():
+    done = CliRunner().invoke(gpu_train.bench, [])
+    assert done.exit_code == 2 and "torch finds no CUDA GPU" in done.output
