@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
         if y is None:
             assert weight is not None
             y = F.linear(x, weight, bias)
-            _rows(y).addmm_(narrow, b.t(), alpha=scale)
+            y.view(-1, y.shape[-1]).addmm_(narrow, b.t(), alpha=scale)  # a view, never a copy that would be lost
         else:
             y = torch.addmm(_rows(y), narrow, b.t(), alpha=scale).view(y.shape)
         ctx.save_for_backward(narrow, weight, a, b, *kept)
