@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import click
@@ -39,7 +39,7 @@ from lorabooth.mini.people import DEMO_ZIP
 from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
 from scripts.gpu_check import Case, write_run
-from scripts.peer import CPU, Batch, Encoding, Peer, caption_of, read_photos
+from scripts.peer import CPU, LAST_STEPS, Batch, Encoding, Peer, caption_of, read_photos
 from scripts.random_flux import TINY, Size, random_conditioning, write_model
 from train import fit
 from train.compiled import compile_blocks
@@ -147,14 +147,17 @@ def compare(arms: list[Arm], steps: int, name: str) -> dict[str, Any]:
 
 
 def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_script: Path | None) -> dict[str, Any]:
-    """Wall seconds from photos with captions to a LoRA file, each side `rounds` times, in turns; without previews, which the script does not make either."""
+    """Wall seconds from photos with captions to a LoRA file, and the mean loss of the last steps, each side `rounds` times, in turns.
+
+    The same work: without previews and without preservation, which the script does not have.
+    """
     common = ("--steps", str(steps), "--batch-size", "4")
-    times: dict[str, list[float]] = {OURS: [], AS_IT_IS: []}
+    times, losses = ({name: list[float]() for name in (OURS, AS_IT_IS)} for _ in range(2))
     for i in tqdm(range(rounds), desc="whole job", unit="round"):
         commands = {
             OURS: [
                 *(sys.executable, "-m", "lorabooth", "train", str(photos), "--trigger", "TOK", "--model", "mini", *common),
-                *("--preview-every", "0", "--out", str(folder / f"ours-{i}")),
+                *("--preview-every", "0", "--preservation-rate", "0", "--learning-rate", "1e-3", "--out", str(folder / f"ours-{i}")),
             ],
             AS_IT_IS: peer_command(peer_script, photos, folder / f"peer-{i}", steps),
         }
@@ -164,8 +167,16 @@ def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_scrip
             times[name].append(time.perf_counter() - start)
             if done.returncode:
                 raise click.ClickException(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+            losses[name] += last_losses(folder / f"ours-{i}" / "metrics.jsonl") if name == OURS else [float(done.stdout.split()[-1])] if not peer_script else []
     ratio = median(times[OURS]) / median(times[AS_IT_IS])
-    return {"steps": steps, "seconds": times, "ratio": ratio, "peer": "the original script" if peer_script else "scripts/peer.py"}
+    record = {"steps": steps, "seconds": times, "ratio": ratio, "peer": "the original script" if peer_script else "scripts/peer.py"}
+    return record | {f"loss_of_the_last_{LAST_STEPS}": {name: [round(loss, 4) for loss in found] for name, found in losses.items()}}
+
+
+def last_losses(metrics: Path) -> list[float]:
+    """The mean of a run's last losses."""
+    found = [row["loss"] for line in metrics.read_text(encoding="utf-8").splitlines() if "loss" in (row := json.loads(line))]
+    return [mean(found[-LAST_STEPS:])]
 
 
 def peer_command(script: Path | None, photos: Path, out: Path, steps: int) -> list[str]:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import click
@@ -29,6 +30,8 @@ from lorabooth.lora import LoraSpec
 
 CPU = torch.device("cpu")
 TRIGGER = "TOK"
+LAST_STEPS = 40
+"""How many steps at the end of a job its loss is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,9 @@ def main(photos: Path, out: Path, model: str, steps: int, batch_size: int, rank:
     family = load_family(model)
     encoding = Encoding(family, *read_photos(photos, family.native_px), batch_size, seed)
     peer = Peer(family, {"lora_rank": rank, "targets": targets, "learning_rate": learning_rate}, encoding.batch)
-    for _ in tqdm(range(steps), desc="peer", unit="step"):
-        peer.step()
+    losses = [peer.step() for _ in tqdm(range(steps), desc="peer", unit="step")]
     peer.save(out)
+    click.echo(f"mean loss of the last {LAST_STEPS} steps: {mean(losses[-LAST_STEPS:])}")
 
 
 if __name__ == "__main__":

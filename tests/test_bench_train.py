@@ -37,6 +37,8 @@ def test_every_arm_and_the_job_are_on_record_with_the_machine(record: dict):
     }  # fmt: skip
     assert all(base["optimizer"] == "adamw" and base["lora_rank"] == 16 and base["strongest"].startswith("script") for base in record["bases"].values())
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in record["job"]["seconds"].values())
+    [losses] = [value for name, value in record["job"].items() if name.startswith("loss_of_the_last")]
+    assert all(len(found) == 1 and 0.1 < found[0] < 5 for found in losses.values()) and set(losses) == set(record["job"]["seconds"])
     told = bench_train.table(record)
     assert told.count("| lorabooth |") == 3 and told.count("script as it is") == 2
 
