@@ -6,6 +6,7 @@ captions, seed, LoRA and optimiser; the script is as it is (scripts/peer.py). Wh
 so that several processes, each with some of the --people and OMP_NUM_THREADS=1, can share it: seconds are those of the processor, not of the wall.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -106,7 +107,9 @@ def scores(engine: Engine, name: str, scenes: int, lora: Path) -> dict[str, floa
 def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one training, from --work where they are there already."""
     settings = settings if arm == OURS else {}
-    told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", *(f"{key}={value}" for key, value in settings.items())]
+    recipe = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings}).recipe()
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", *(f"{key}={value}" for key, value in settings.items()), digest]
     file = work / f"{' '.join(told)}.json"
     with suppress(OSError, ValueError):
         return list(json.loads(file.read_text(encoding="utf-8")))
@@ -129,7 +132,7 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
                 found.append({"arm": arm, "steps": mark, "trainings": len(chosen), **means, "worst_identity": min(row["identity"] for row in chosen)})
     theirs = [(row["seconds"], row["identity"]) for row in found if row["arm"] == PEER]
     for row in found:
-        if row["arm"] == OURS and theirs and row["seconds"] >= theirs[0][0]:
+        if row["arm"] == OURS and theirs and theirs[0][0] <= row["seconds"] <= theirs[-1][0]:
             row["script_at_equal_time"] = round(float(np.interp(row["seconds"], *zip(*theirs, strict=True))), 3)
     return found
 

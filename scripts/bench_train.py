@@ -203,8 +203,9 @@ def table(record: dict[str, Any]) -> str:
         ours = base["arms"][OURS]["median_seconds"]
         for arm, row in base["arms"].items():
             spread = f"{row['p10_seconds'] * 1000:.0f} to {row['p90_seconds'] * 1000:.0f} ms"
-            counted = f"{row['operators']:,} | {row['kept_mb']:.1f} MB" if "operators" in row else "- | -"
-            lines.append(f"| {name} | {arm} | {row['median_seconds'] * 1000:.0f} ms | {spread} | {counted} | {ours / row['median_seconds']:.2f} |")
+            counted = f"{row['operators']:,}" if "operators" in row else "-"
+            kept = f"{row['kept_mb']:.1f} MB" if "kept_mb" in row else "-"
+            lines.append(f"| {name} | {arm} | {row['median_seconds'] * 1000:.0f} ms | {spread} | {counted} | {kept} | {ours / row['median_seconds']:.2f} |")
     if job := record.get("job"):
         for arm, seconds in job["seconds"].items():
             over = median(job["seconds"][OURS]) / median(seconds)

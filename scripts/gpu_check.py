@@ -39,9 +39,9 @@ from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Ben
 from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
-from train.compiled import compile_blocks, wanted
+from train.compiled import compile_blocks
 from train.data import EMPTY, TRIGGER_ONLY, items, stem, text_name
-from train.plan import MemoryPlan, choose
+from train.plan import MemoryPlan, choose, wanted
 from train.planning import HOST_SHARE, plans_for, shapes_of
 
 WARM_UP_STEPS = 5

@@ -13,8 +13,8 @@ from lorabooth.families import load_family
 from lorabooth.runs import RunDir
 from tests.test_processes import untrained
 from train import encode, fit
-from train.compiled import compile_blocks, wanted
-from train.plan import MemoryPlan
+from train.compiled import compile_blocks
+from train.plan import MemoryPlan, wanted
 
 PLAN = MemoryPlan("bf16", 0, 0, False)
 

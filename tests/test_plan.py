@@ -61,7 +61,7 @@ def test_flux_dev_has_the_size_it_is_known_for(dev: str):
     assert (len(shapes.blocks), shapes.double, shapes.width, shapes.text_tokens) == (57, 19, 3072, 512)
 
 
-def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed: int = 0) -> float:
+def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed: int = 0, compiled: bool = False) -> float:
     """bf16 values that a forward pass keeps for its backward, for each of 128 tokens; weights are not counted."""
     transformer = FluxTransformer2DModel(
         in_channels=64, num_layers=doubles, num_single_layers=singles, attention_head_dim=128, num_attention_heads=4, joint_attention_dim=32,
@@ -73,6 +73,8 @@ def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed
     lean(transformer)
     start_plan(transformer, MemoryPlan("bf16", recomputed, 0, False), CPU, random=False)
     transformer.train()
+    for block in blocks_of(transformer) if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     conditioning = Conditioning(torch.randn(1, 64, 32).bfloat16(), torch.randn(1, 16).bfloat16())
     with kept_bytes(transformer) as kept, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         family = load_family("mini")
@@ -86,8 +88,26 @@ def test_activations_are_what_torch_keeps(targets: str):
     rank = 16
     one = saved_values(1, 1, targets, rank)
     for i, counted in enumerate([saved_values(2, 1, targets, rank), saved_values(1, 2, targets, rank)]):
-        units, ranks = plan.SAVED[targets][i]
-        assert counted - one == pytest.approx(units * 512 + ranks * rank, rel=0.03)
+        assert counted - one == pytest.approx(plan.SAVED[targets]["lean"][i] * 512 + plan.SAVED_RANKS[targets][i] * rank, rel=0.03)
+
+
+@pytest.mark.slow  # six tracings
+@pytest.mark.parametrize("targets", ["attention", "attention+ff"])
+def test_compiled_blocks_keep_what_is_reckoned(targets: str):
+    one = saved_values(1, 1, targets, 16, compiled=True)
+    for i, counted in enumerate([saved_values(2, 1, targets, 16, compiled=True), saved_values(1, 2, targets, 16, compiled=True)]):
+        assert counted - one == pytest.approx(plan.SAVED[targets]["compiled"][i] * 512 + plan.SAVED_RANKS[targets][i] * 16, rel=0.03)
+
+
+def test_a_run_that_is_compiled_is_reckoned_with_what_the_compiler_keeps(dev: str):
+    shapes, fastest = shapes_of(recipe(dev), load_family(dev)), MemoryPlan("bf16", 0, 0, False)
+
+    def activations(**settings: object) -> float:
+        return plan.estimate(fastest, shapes, recipe(dev, **settings), ASSUMED).items["activations"]
+
+    assert activations(steps=1000) == activations(compile_blocks=True) > 1.3 * activations(steps=100) == 1.3 * activations(compile_blocks=False)
+    assert activations(compile_blocks=False, train_text_encoder=True) > 1.1 * activations(compile_blocks=False)
+    assert activations(lora_dropout=0.1, use_dora=True) > activations(use_dora=True) > activations(lora_dropout=0.1) > activations(compile_blocks=True)
 
 
 def test_a_recomputed_block_keeps_its_input_only():

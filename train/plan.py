@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import cast
 
+import torch
 from torch import nn
 
 from lorabooth.config import TrainConfig
@@ -18,10 +19,19 @@ from lorabooth.lora import LoraSpec
 from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
-SAVED = {"attention": ((13.2, 4), (12.1, 3)), "attention+ff": ((14.3, 6), (12.2, 5)), "all-linear": ((18.3, 6), (14.2, 5))}
-"""What a (double, single) block keeps for its backward (train/lean.py), for each token: multiples of the width, and of the rank, in bf16 values."""
-SAVED_BY_DROPOUT, SAVED_BY_DORA = 18.9, 24.5
-"""What is kept besides where the layers are PEFT's own, in multiples of the width."""
+SAVED: dict[str, dict[str, tuple[float, float]]] = {
+    "attention": {"lean": (13.2, 12.1), "compiled": (13.2, 12.1), "dropout": (22.1, 19.1), "DoRA": (23.1, 20.1), "DoRA and dropout": (30.1, 25.1)},
+    "attention+ff": {"lean": (14.3, 12.2), "compiled": (18.2, 17.1), "dropout": (32.1, 31.1), "DoRA": (38.1, 35.1), "DoRA and dropout": (50.1, 47.1)},
+    "all-linear": {"lean": (18.3, 14.2), "compiled": (24.2, 21.0), "dropout": (36.2, 33.1), "DoRA": (43.0, 37.4), "DoRA and dropout": (54.1, 49.1)},
+}
+"""What a (double, single) block keeps for its backward, for each token: multiples of the width in bf16 values, by what computes it: train/lean.py,
+the compiler, or PEFT's own layers."""
+SAVED_RANKS = {"attention": (4, 3), "attention+ff": (6, 5), "all-linear": (6, 5)}
+"""Multiples of the rank besides."""
+SAVED_BY_CLIP = (4.0, 2.0)
+"""Multiples of the width besides where CLIP is trained: gates and norms then have gradients, too."""
+WORTH_STEPS = 200
+"""Below this many steps compiling takes longer than it saves."""
 WORKSPACE = 12.0
 """Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
 
@@ -84,7 +94,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
-        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_block(config)[0][0] * shapes.width if plan.recomputed else 0)),
+        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_widths(plan, config)[0] * shapes.width if plan.recomputed else 0)),
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
@@ -102,17 +112,34 @@ def _tokens(shapes: Shapes, px: int) -> int:
     return shapes.text_tokens + (px // (2 * VAE_SCALE)) ** 2
 
 
-def _block(config: TrainConfig) -> tuple[tuple[float, int], tuple[float, int]]:
-    return SAVED["attention+ff" if config.layers_to_optimize_regex else config.targets if config.targets in SAVED else "all-linear"]
+def _targets(config: TrainConfig) -> str:
+    return "attention+ff" if config.layers_to_optimize_regex else config.targets if config.targets in SAVED else "all-linear"
+
+
+def wanted(asked: bool | None, plan: MemoryPlan, device: torch.device, steps: int) -> bool:
+    """Whether to compile the blocks, where the recipe leaves it open: on a GPU, for a run long enough. Blocks that come and go change
+    their weights' addresses at each turn (so do divided ones), and bitsandbytes' 4-bit kernels cannot be compiled."""
+    if plan.swapped or plan.shards > 1 or plan.precision == "nf4":
+        return False
+    return asked if asked is not None else device.type == "cuda" and steps >= WORTH_STEPS
+
+
+def _widths(plan: MemoryPlan, config: TrainConfig) -> tuple[float, float]:
+    """What a (double, single) block keeps for each token, in multiples of the width."""
+    loose = [name for name, given in (("DoRA", config.use_dora), ("dropout", config.lora_dropout)) if given]
+    compiled = wanted(config.compile_blocks, plan, torch.device("cuda"), config.steps)
+    targets = _targets(config)
+    double, single = SAVED[targets][" and ".join(loose) or ("compiled" if compiled else "lean")]
+    more = SAVED_BY_CLIP if config.train_text_encoder and targets != "all-linear" else (0.0, 0.0)
+    return double + more[0], single + more[1]
 
 
 def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
     """Values kept for the backward pass for each token, by all blocks; the first blocks are those that recompute."""
-    total, more = 0.0, SAVED_BY_DORA if config.use_dora else SAVED_BY_DROPOUT if config.lora_dropout else 0
+    total, widths, ranks = 0.0, _widths(plan, config), SAVED_RANKS[_targets(config)]
     for i in range(len(shapes.blocks)):
-        units, ranks = _block(config)[i >= shapes.double]
-        whole = (units + more) * shapes.width + ranks * config.lora_rank
-        total += shapes.width if i < plan.recomputed else whole
+        single = i >= shapes.double
+        total += shapes.width if i < plan.recomputed else widths[single] * shapes.width + ranks[single] * config.lora_rank
     return total
 
 
@@ -148,7 +175,7 @@ def candidates(shapes: Shapes, config: TrainConfig, shards: int = 1) -> Iterator
     recomputed = counts.get(config.gradient_checkpointing) or (min(int(config.gradient_checkpointing), count),)
     swapped = range(count + 1) if config.blocks_to_swap is None else (min(config.blocks_to_swap, count),)
     # Ahead only where nothing that is trained has a part in it: a LoRA on its linears, or on CLIP.
-    adapts_modulation = _block(config) is SAVED["all-linear"] or config.train_text_encoder
+    adapts_modulation = _targets(config) == "all-linear" or config.train_text_encoder
     ahead = (False, True) if config.precompute_modulation is None else (config.precompute_modulation,)
     for precision, k, s, m in product(precisions, recomputed, swapped, ahead):
         if (s and k < count) or (m and adapts_modulation) or (s and precision == "nf4"):
