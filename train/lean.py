@@ -2,7 +2,7 @@
 
 The base is frozen, so a linear's input is needed for its LoRA only. What is an activation of something that is kept anyway (GELU's result, attention's and
 the feed-forward's side by side) is made again in the backward pass. Query and key are kept once, not at each step of their normalisation and rotation.
-Where blocks are compiled, all of that is the compiler's work, and it does it better where it sees single operators: then they are the libraries' own.
+Where blocks are compiled, the compiler fuses better what it sees as single operators: then they are the libraries' own, and keep more (train/plan.py).
 """
 
 from collections.abc import Callable
