@@ -1,12 +1,10 @@
-"""What each default of the recipe is worth, on people the mini model never saw: `python -m scripts.bench_choices`.
+"""What each setting of a recipe is worth, on people the mini model never saw: `python -m scripts.bench_choices`.
 
-Each row is the shipped recipe of the mini model (configs/mini.yaml) with one setting changed, measured as scripts/bench_likeness.py does. The choice is
-made at few steps, where trainings still differ; differences below the standard error of the row are none. Finished trainings are kept in --work.
+Each row is a recipe of the mini model with one setting changed, measured as scripts/bench_likeness.py does; differences below the standard error of the
+row are none. Finished trainings are kept in --work.
 """
 
-import json
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,10 +12,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from scripts.bench_likeness import OURS, PEOPLE, measure
-from scripts.bench_startup import machine_record
+from scripts.bench_likeness import OURS, measure, mini_recipe, options, write_record
 
-SHIPPED = "as shipped"
+UNCHANGED = "the recipe"
 CHOICES = (
     "", "learning_rate=5e-4", "learning_rate=1e-3", "lora_rank=4", "lora_rank=8", "lora_rank=32", "sigma_sampling=logit-normal", "sigma_sampling=shifted",
     "ema_decay=0", "ema_decay=0.99", "warmup_steps=10", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0", "preservation_rate=0.5",
@@ -40,7 +37,7 @@ def summary(rows: list[dict[str, Any]], choices: tuple[str, ...], marks: list[in
             error = stdev(row["identity"] for row in chosen) / len(chosen) ** 0.5 if len(chosen) > 1 else 0.0
             worst = min(row["identity"] for row in chosen)
             found.append(
-                {"choice": choice or SHIPPED, "steps": mark, "trainings": len(chosen), **means, "identity_error": round(error, 3), "worst_identity": worst}
+                {"choice": choice or UNCHANGED, "steps": mark, "trainings": len(chosen), **means, "identity_error": round(error, 3), "worst_identity": worst}
             )
     return found
 
@@ -58,14 +55,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas.")
+@options
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings of each person with each choice.")
 @click.option("--steps", default="100,200", show_default=True, help="When pictures are drawn, by commas.")
-@click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement.")
 @click.option("--choice", "choices", multiple=True, metavar="NAME=VALUE", help="Only these, and the recipe as it is; several settings by spaces.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/choices.json"), show_default=True, help="Where the figures go.")
-def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, ...], work: Path, out: Path) -> None:
+def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, ...], recipe: Path | None, work: Path, out: Path) -> None:
     """Measure what each setting of the recipe is worth and write it as JSON.
 
     \b
@@ -76,14 +71,8 @@ def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, .
     trainings = [(choice, name, seed) for choice in tried for seed in range(seeds) for name in names.split(",")]
     rows = []
     for choice, name, seed in tqdm(trainings, unit="training"):
-        rows += [{"choice": choice, **row} for row in measure(work, OURS, name, seed, marks, scenes, parsed(choice))]
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "scenes": scenes,
-        "summary": summary(rows, tried, marks), "rows": rows,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    click.echo(table(record))
+        rows += [{"choice": choice, **row} for row in measure(work, OURS, name, seed, marks, scenes, mini_recipe(recipe, parsed(choice)))]
+    click.echo(table(write_record(out, load, mini_recipe(recipe, {}), scenes, summary(rows, tried, marks), rows)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -28,6 +28,7 @@ from infer.engine import Engine
 from infer.loras import resolve
 from infer.request import Request
 from lorabooth import checkpoints, stages
+from lorabooth.config import TrainConfig
 from lorabooth.families import load_family
 from lorabooth.mini import likeness, people, world
 from lorabooth.photos import ingest
@@ -38,16 +39,17 @@ from train import fit
 from train.checkpoint import save_checkpoint
 from train.command import recipe_config
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 OURS, PEER = "lorabooth", "script"
 TRIGGER = "TOK"
 PEOPLE = tuple(people.HELD_OUT | people.MORE)
 
 
-def ours(name: str, seed: int, marks: list[int], folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int, float, Path]]:
-    """Train by the shipped recipe; at each mark: the step, the seconds so far, and the LoRA file."""
+def ours(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConfig) -> Iterator[tuple[int, float, Path]]:
+    """Train by a recipe; at each mark: the step, the seconds so far, and the LoRA file."""
     archive = folder / "photos.zip"
     people.write_zip(archive, people.photos(name, "[trigger]"))
-    config = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, "seed": seed, "preview_every": 0, "steps": marks[-1], **settings})
+    config = recipe.model_copy(update={"seed": seed, "preview_every": 0, "steps": marks[-1]})
     run, start = RunDir.create(folder / "run", config), time.process_time()
     ingest(archive, run.path)
     for stage in ("caption", "encode"):
@@ -65,17 +67,16 @@ def ours(name: str, seed: int, marks: list[int], folder: Path, settings: dict[st
         yield mark, spent, file
 
 
-def peer(name: str, seed: int, marks: list[int], folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int, float, Path]]:
+def peer(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConfig) -> Iterator[tuple[int, float, Path]]:
     """The same by the script, with the learning rate, rank, layers and batch of our recipe."""
     photos = folder / "photos"
     photos.mkdir()
     for i, scene in enumerate(people.photos(name, "[trigger]")):
         scene.image().save(photos / f"{i:02}.png")
         (photos / f"{i:02}.txt").write_text(scene.caption, encoding="utf-8")
-    recipe = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings}).recipe()
     torch.manual_seed(seed)
     start, family = time.process_time(), load_family("mini")
-    trainer = Peer(family, recipe, Encoding(family, *read_photos(photos, family.native_px), recipe["batch_size"], seed).batch)
+    trainer = Peer(family, recipe.recipe(), Encoding(family, *read_photos(photos, family.native_px), recipe.batch_size, seed).batch)
     spent, step = time.process_time() - start, 0
     for mark in marks:
         start = time.process_time()
@@ -104,18 +105,16 @@ def scores(engine: Engine, name: str, scenes: int, lora: Path) -> dict[str, floa
     return {what: round(likeness.mean(score, attributes), 4) for what, (score, attributes) in found.items()}
 
 
-def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, recipe: TrainConfig) -> list[dict[str, Any]]:
     """The rows of one training, from --work where they are there already."""
-    settings = settings if arm == OURS else {}
-    recipe = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings}).recipe()
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", *(f"{key}={value}" for key, value in settings.items()), digest]
+    digest = hashlib.sha256(json.dumps(recipe.recipe(), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", digest]
     file = work / f"{' '.join(told)}.json"
     with suppress(OSError, ValueError):
         return list(json.loads(file.read_text(encoding="utf-8")))
     rows, engine = [], Engine("mini")
     with tempfile.TemporaryDirectory() as folder:
-        for mark, seconds, lora in ARMS[arm](name, seed, marks, Path(folder), settings):
+        for mark, seconds, lora in ARMS[arm](name, seed, marks, Path(folder), recipe):
             rows.append({"arm": arm, "person": name, "seed": seed, "steps": mark, "seconds": round(seconds, 1), **scores(engine, name, scenes, lora)})
     write_durable(file, json.dumps(rows).encode())
     return rows
@@ -171,30 +170,51 @@ def plot(record: dict[str, Any]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
 
 
+def mini_recipe(file: Path | None, settings: dict[str, Any]) -> TrainConfig:
+    """A recipe of the mini model, by default the shipped one, with some settings changed."""
+    return recipe_config(file, {"model": "mini", "trigger_word": TRIGGER, **settings})
+
+
+def options(command: Command) -> Command:
+    """What this benchmark and that of single settings (scripts/bench_choices.py) let one choose."""
+    folder, file = click.Path(path_type=Path), click.Path(path_type=Path, exists=True, dir_okay=False)
+    for option in (
+        click.option("--work", type=folder, default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept."),
+        click.option("--recipe", type=file, help="YAML file of settings. [default: configs/mini.yaml]"),
+        click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement."),
+        click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas."),
+    ):
+        command = option(command)
+    return command
+
+
+def write_record(out: Path, load: float, recipe: TrainConfig, scenes: int, found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write summary and rows as JSON, with what they were measured on, and return it."""
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "recipe": recipe.recipe(), "scenes": scenes,
+        "summary": found, "rows": rows,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
 @click.command()
-@click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas.")
+@options
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Trainings of each person by each arm.")
 @click.option("--steps", default="100,200,400,800", show_default=True, help="When pictures are drawn, by commas.")
-@click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement.")
-@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of our recipe to try.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/likeness_curve.json"), show_default=True, help="Where the figures go.")
-def bench(names: str, seeds: int, steps: str, scenes: int, pairs: tuple[str, ...], work: Path, out: Path) -> None:
+def bench(names: str, seeds: int, steps: str, scenes: int, recipe: Path | None, work: Path, out: Path) -> None:
     """Measure likeness over the steps, ours and the script's, and write it as JSON, with the curves beside it as an SVG.
 
     \b
     Example:
       python -m scripts.bench_likeness --people ada,bo --seeds 1 --steps 100,200
     """
-    load, marks, settings = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), dict(pair.split("=", 1) for pair in pairs)
+    load, marks, config = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), mini_recipe(recipe, {})
     trainings = [(arm, name, seed) for seed in range(seeds) for name in names.split(",") for arm in ARMS]
-    rows = [row for arm, name, seed in tqdm(trainings, unit="training") for row in measure(work, arm, name, seed, marks, scenes, settings)]
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(load), "settings": settings, "scenes": scenes,
-        "summary": summary(rows, marks), "rows": rows,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    rows = [row for arm, name, seed in tqdm(trainings, unit="training") for row in measure(work, arm, name, seed, marks, scenes, config)]
+    record = write_record(out, load, config, scenes, summary(rows, marks), rows)
     out.with_suffix(".svg").write_text(plot(record), encoding="utf-8")
     click.echo(table(record))
 

@@ -58,7 +58,7 @@ class Encoding:
 
 def makers(family: RandomFlux, size: Size, px: int, count: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Arm]]:
     """How each arm is made, by name; the first one again at the end."""
-    settings, dtype = SETTINGS | {"batch_size": count, "optimizer": "adamw"}, base_dtype(device)
+    settings, dtype = SETTINGS | {"batch_size": count}, base_dtype(device)
 
     def ours(compiled: bool) -> Arm:
         return our_arm(Path(tempfile.mkdtemp(dir=folder)) / "run", family, size, settings, compiled, device, px)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from lorabooth.mini import people, world
 from scripts import bench_choices, bench_likeness
 from scripts.bench_likeness import OURS, PEER
-from train.command import recipe_config
+from train.command import RECIPES
 
 
 def rows() -> list[dict]:
@@ -53,10 +53,10 @@ def test_both_arms_train_and_what_is_done_is_not_done_again(tmp_path: Path):
     assert all(0 <= row[what] <= 1 for row in record["rows"] for what in ("identity", "scene", "bleed")) and (tmp_path / "out.svg").exists()
 
 
-def test_each_choice_is_a_row_beside_the_shipped_recipe(tmp_path: Path):
+def test_each_choice_is_a_row_beside_the_recipe(tmp_path: Path):
     found = [{"choice": choice, **row} for choice in ("", "lora_rank=4") for row in rows() if row["arm"] == OURS]
     summary = bench_choices.summary(found, ("", "lora_rank=4"), [100, 200])
-    assert [(row["choice"], row["steps"]) for row in summary] == [("as shipped", 100), ("as shipped", 200), ("lora_rank=4", 100), ("lora_rank=4", 200)]
+    assert [(row["choice"], row["steps"]) for row in summary] == [("the recipe", 100), ("the recipe", 200), ("lora_rank=4", 100), ("lora_rank=4", 200)]
     assert summary[0]["identity"] == pytest.approx(0.85) and summary[0]["identity_error"] == pytest.approx(0.05)
     told = bench_choices.table({"summary": summary}).splitlines()
     assert len(told) == 4 and all(line.count("|") == 9 for line in told), told
@@ -65,4 +65,19 @@ def test_each_choice_is_a_row_beside_the_shipped_recipe(tmp_path: Path):
 
 def test_every_choice_that_the_benchmark_tries_is_one_of_the_recipe():
     for choice in bench_choices.CHOICES:
-        recipe_config(None, {"model": "mini", "trigger_word": "TOK", **bench_choices.parsed(choice)})
+        bench_likeness.mini_recipe(None, bench_choices.parsed(choice))
+
+
+def test_both_arms_are_given_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen = {}
+
+    def arm(name: str):
+        return lambda who, seed, marks, folder, recipe: seen.update({name: recipe.learning_rate}) or iter(())
+
+    monkeypatch.setattr(bench_likeness, "ARMS", {OURS: arm(OURS), PEER: arm(PEER)})
+    recipes = [bench_likeness.mini_recipe(file, {}) for file in (None, RECIPES / "mini_preserving.yaml")]
+    for recipe in recipes:
+        for name in (OURS, PEER):
+            bench_likeness.measure(tmp_path, name, "ada", 0, [1], 1, recipe)
+    assert seen == {OURS: 2e-3, PEER: 2e-3} and recipes[0].learning_rate == 1e-3
+    assert len(list(tmp_path.iterdir())) == 4, "what was kept of one recipe is not taken for the other's"
