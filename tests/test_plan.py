@@ -110,6 +110,16 @@ def test_a_run_that_is_compiled_is_reckoned_with_what_the_compiler_keeps(dev: st
     assert activations(lora_dropout=0.1, use_dora=True) > activations(use_dora=True) > activations(lora_dropout=0.1) > activations(compile_blocks=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "ahead"),
+    [({}, True), ({"targets": "all-linear"}, False), ({"layers_to_optimize_regex": "attn"}, True), ({"layers_to_optimize_regex": "transformer_blocks"}, False)],
+    ids=str,
+)
+def test_modulation_is_never_computed_ahead_where_a_lora_sits_on_it(dev: str, settings: dict[str, object], ahead: bool):
+    config = recipe(dev, **settings)
+    assert any(found.precomputed for found in plan.candidates(shapes_of(config, load_family(dev)), config)) == ahead
+
+
 def test_a_recomputed_block_keeps_its_input_only():
     assert saved_values(1, 2, "attention+ff", 16, recomputed=3) - saved_values(1, 1, "attention+ff", 16, recomputed=2) == pytest.approx(512, rel=0.01)
 
@@ -316,9 +326,10 @@ def test_a_run_with_a_plan_is_the_run_without_it(tiny_run: Path, tmp_path: Path,
         encode.run(run)
         fit.run(run)
     mine, theirs = (fit.final_weights(run) for run in runs)
-    # A product of 64 rows is rounded otherwise than one of 2: the modulation ahead is the same to rounding.
+    # A product of 64 rows is rounded otherwise than one of 2: the modulation ahead is the same to rounding, which Adam's first
+    # steps make larger where a gradient is about zero. Another dropout is a distance of .2 and more.
     distance = sum((a - b).square().sum() for a, b in zip(mine, theirs, strict=True)) / sum(b.square().sum() for b in theirs)
-    assert distance.sqrt() <= (1e-3 if "precompute_modulation" in settings else 0), distance.sqrt()
+    assert distance.sqrt() <= (1e-2 if "precompute_modulation" in settings else 0), distance.sqrt()
 
 
 def test_a_resume_inside_a_window_of_the_modulation_gives_the_same_bytes(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

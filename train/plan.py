@@ -4,6 +4,7 @@ All sizes are bytes of 10**9 to the GB. Activations were counted with `torch.aut
 (tests/test_plan.py counts them again); speeds come from the GPU itself where there is one (train/speed.py).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +15,7 @@ from torch import nn
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
-from lorabooth.families.flux1 import VAE_SCALE
+from lorabooth.families.flux1 import NORMS, VAE_SCALE
 from lorabooth.lora import LoraSpec
 from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
@@ -66,13 +67,18 @@ class Shapes(BaseSizes):
     """The base's sizes, the weights that a LoRA would have, and those of CLIP where it is trained, too."""
 
     lora: int
+    adapts_modulation: bool
+    """Whether the LoRA sits on the modulation's linears."""
     text_encoder: int = 0
 
     @classmethod
     def of(cls, transformer: nn.Module, spec: LoraSpec, text_tokens: int) -> "Shapes":
         """Count them on a transformer, which may be on the meta device."""
-        chosen = [cast(nn.Linear, transformer.get_submodule(name)) for name in spec.module_names(transformer)]
-        return cls(**vars(BaseSizes.count(transformer, text_tokens)), lora=sum(spec.rank * (m.in_features + m.out_features) for m in chosen))
+        names = spec.module_names(transformer)
+        chosen = [cast(nn.Linear, transformer.get_submodule(name)) for name in names]
+        lora = sum(spec.rank * (m.in_features + m.out_features) for m in chosen)
+        adapts_modulation = any(re.search(rf"\.{NORMS}$", name) for name in names)
+        return cls(**vars(BaseSizes.count(transformer, text_tokens)), lora=lora, adapts_modulation=adapts_modulation)
 
 
 def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed) -> Estimate[MemoryPlan]:
@@ -94,7 +100,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
-        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_widths(plan, config)[0] * shapes.width if plan.recomputed else 0)),
+        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_widths(plan, shapes, config)[0] * shapes.width if plan.recomputed else 0)),
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
@@ -112,8 +118,11 @@ def _tokens(shapes: Shapes, px: int) -> int:
     return shapes.text_tokens + (px // (2 * VAE_SCALE)) ** 2
 
 
-def _targets(config: TrainConfig) -> str:
-    return "attention+ff" if config.layers_to_optimize_regex else config.targets if config.targets in SAVED else "all-linear"
+def _targets(shapes: Shapes, config: TrainConfig) -> str:
+    """The kind of target that keeps what the recipe's layers keep; for a regular expression the one that keeps more than any like it."""
+    if config.targets in SAVED and not config.layers_to_optimize_regex:
+        return config.targets
+    return "all-linear" if shapes.adapts_modulation else "attention+ff"
 
 
 def wanted(asked: bool | None, plan: MemoryPlan, device: torch.device, steps: int) -> bool:
@@ -124,11 +133,11 @@ def wanted(asked: bool | None, plan: MemoryPlan, device: torch.device, steps: in
     return asked if asked is not None else device.type == "cuda" and steps >= WORTH_STEPS
 
 
-def _widths(plan: MemoryPlan, config: TrainConfig) -> tuple[float, float]:
+def _widths(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> tuple[float, float]:
     """What a (double, single) block keeps for each token, in multiples of the width."""
     loose = [name for name, given in (("DoRA", config.use_dora), ("dropout", config.lora_dropout)) if given]
     compiled = wanted(config.compile_blocks, plan, torch.device("cuda"), config.steps)
-    targets = _targets(config)
+    targets = _targets(shapes, config)
     double, single = SAVED[targets][" and ".join(loose) or ("compiled" if compiled else "lean")]
     more = SAVED_BY_CLIP if config.train_text_encoder and targets != "all-linear" else (0.0, 0.0)
     return double + more[0], single + more[1]
@@ -136,7 +145,7 @@ def _widths(plan: MemoryPlan, config: TrainConfig) -> tuple[float, float]:
 
 def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
     """Values kept for the backward pass for each token, by all blocks; the first blocks are those that recompute."""
-    total, widths, ranks = 0.0, _widths(plan, config), SAVED_RANKS[_targets(config)]
+    total, widths, ranks = 0.0, _widths(plan, shapes, config), SAVED_RANKS[_targets(shapes, config)]
     for i in range(len(shapes.blocks)):
         single = i >= shapes.double
         total += shapes.width if i < plan.recomputed else widths[single] * shapes.width + ranks[single] * config.lora_rank
@@ -175,7 +184,7 @@ def candidates(shapes: Shapes, config: TrainConfig, shards: int = 1) -> Iterator
     recomputed = counts.get(config.gradient_checkpointing) or (min(int(config.gradient_checkpointing), count),)
     swapped = range(count + 1) if config.blocks_to_swap is None else (min(config.blocks_to_swap, count),)
     # Ahead only where nothing that is trained has a part in it: a LoRA on its linears, or on CLIP.
-    adapts_modulation = _targets(config) == "all-linear" or config.train_text_encoder
+    adapts_modulation = shapes.adapts_modulation or config.train_text_encoder
     ahead = (False, True) if config.precompute_modulation is None else (config.precompute_modulation,)
     for precision, k, s, m in product(precisions, recomputed, swapped, ahead):
         if (s and k < count) or (m and adapts_modulation) or (s and precision == "nf4"):
