@@ -4,13 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests take one thread each: layers of 64 numbers have nothing to share out, and threads that share cores with another test spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import FluxPipeline
 from lora_server import LoraServer
 from lora_stores import new_store
@@ -37,16 +38,6 @@ def settings_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
         consent._remember("option")
         yield
-
-
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads cost more than they bring on layers of 64 numbers: many times more where the cores are shared."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from captioning import vision
 from scripts import bench_captions, random_llava
 
 
-def test_a_tiny_model_is_timed_in_both_precisions_at_every_batch_size(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tiny_model_is_timed_in_both_precisions_at_every_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vision, "NEW_TOKENS", 16)
     monkeypatch.setattr(bench_captions, "NEW_TOKENS", 16)
     out = tmp_path / "results" / "captions.json"

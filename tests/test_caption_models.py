@@ -31,7 +31,6 @@ from lorabooth.runs import RunDir
 from tests import tiny_captioners
 from tests.test_captioning import captions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ((64, 64), (40, 90), (90, 40), (64, 100), (50, 50))
 
 
