@@ -219,11 +219,11 @@ def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDi
     picked = trainer.sampler.batch(0)
     batches = [trainer.cache.batch(picked, config, random.Random(seed)) for seed in range(100)]
     assert 0.2 < sum(batch.preserved for batch in batches) / (100 * len(picked)) < 0.4
-    assert all(batch.preserving == (batch.preserved > 0) for batch in batches)
     preserving = next(batch for batch in batches if batch.preserved)
     assert preserving.preserved < len(picked), "the others go on learning"
-    captions = load_file(run.cache / f"{picked[0].photo}-class.text.safetensors")["embeds"]
-    assert torch.equal(preserving.conditioning.embeds[0], captions)
+    twin = picked[len(picked) - preserving.preserved]
+    captions = load_file(run.cache / f"{twin.photo}-class.text.safetensors")["embeds"]
+    assert torch.equal(preserving.conditioning.embeds[0], captions) and preserving.photos[0] == twin.photo
 
     trainer.transformer.eval()  # no dropout, so that a LoRA which has learned nothing is the base
     noise, sigma = objective.drawn(trainer, preserving, torch.Generator().manual_seed(1))
@@ -238,6 +238,29 @@ def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDi
     assert loss > 1e-4
     assert all(torch.equal(p, q) for p, q in zip(trainer.state.parameters, learned, strict=True))
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, trainer.state.parameters))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_what_preserves_is_the_twin_of_one_that_learns_under_much_noise(run: RunDir, count: int):
+    config = run.config.model_copy(update={"preservation_rate": count / 4.001, "sigma_sampling": "uniform"})
+    run._write_config(config)
+    encode.run(run)
+    trainer = trainer_of(run)
+    picked = (trainer.sampler.batch(0) * 4)[:4]
+    whole = replace(trainer.cache.batch(picked, config, random.Random(0)), preserved=count)
+    drawn = [objective.drawn(trainer, whole, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    twins = min(count, 4 - count)
+    for noise, sigma in drawn:
+        assert torch.equal(noise[:count][count - twins :], noise[4 - twins :]) and torch.equal(sigma[:count][count - twins :], sigma[4 - twins :])
+        assert len(noise.flatten(1).unique(dim=0)) == 4 - twins
+    sigmas = torch.stack([sigma for _, sigma in drawn])
+    if count < 2:  # what learns without a twin has the levels of the recipe
+        assert sigmas[:, count : 4 - twins].mean() == pytest.approx(0.5, abs=0.06)
+    assert sigmas[:, :count].mean() == pytest.approx(8 / 9, abs=0.03), "the mean of the highest of eight"
+    # Two processes draw as one does.
+    for part in (slice(0, 2), slice(2, 4)):
+        noise, sigma = objective.drawn(trainer, replace(whole, mine=part), torch.Generator().manual_seed(0))
+        assert torch.equal(noise, drawn[0][0][part]) and torch.equal(sigma, drawn[0][1][part])
 
 
 def test_mirrored_photos_are_photos_of_their_own(run: RunDir):

@@ -20,17 +20,16 @@ def compile_blocks(trainer: Trainer) -> None:
 
     config, accelerator = trainer.config, trainer.accelerator
     size, number = config.batch_size, accelerator.process_index
-    expected = config.preservation_rate * size * accelerator.num_processes
-    # This process's part of them, at least one where there are any: as in `objective.squared_error`.
-    mine = {len(range(whole)[number * size : (number + 1) * size]) if whole else None for whole in (math.floor(expected), math.ceil(expected))}
+    whole = size * accelerator.num_processes
+    expected = config.preservation_rate * whole
 
     def each_shape() -> None:
         for group in tqdm(shapes, desc="compile (once, a minute or two)", unit="shape", disable=not accelerator.is_main_process):
-            # The whole batch that training will have: its size is part of the shape.
-            batch = trainer.cache.batch((group * size)[:size], config, random.Random(0))
-            for preserved in {None} if group[0].photo.startswith(CLASS_PREFIX) else mine:
-                first = replace(batch, preserved=preserved or 0, preserving=preserved is not None)
-                loss_of(trainer, first, torch.Generator().manual_seed(0)).backward()
+            # The whole batch that training will have, and this process's part of it: its size and what of it is preserved are parts of the shape.
+            picked, part = (group * whole)[:whole], slice(number * size, (number + 1) * size)
+            batch = trainer.cache.batch(picked, config, random.Random(0), part)
+            for preserved in {0} if group[0].photo.startswith(CLASS_PREFIX) else {math.floor(expected), math.ceil(expected)}:
+                loss_of(trainer, replace(batch, preserved=preserved), torch.Generator().manual_seed(0)).backward()
 
     try:
         try_compiled(blocks_of(trainer.transformer), len(shapes) > 1, each_shape, "training")

@@ -114,9 +114,12 @@ class Batch:
     whole: int
     mine: slice
     preserved: int
-    """Of how many items, the first ones, the base's own prediction is the target."""
-    preserving: bool
-    """Whether there are such items in any process's part."""
+    """Of how many items of the whole, the first ones, the base's own prediction is the target. Each is the twin of one of the last."""
+
+    @property
+    def own_preserved(self) -> int:
+        """How many of them are in this process's part."""
+        return len(range(self.preserved)[self.mine])
 
 
 class Sampler:
@@ -166,7 +169,8 @@ class Cache:
         return Conditioning(**{name: torch.stack([file[name] for file in files]) for name in files[0]})
 
     def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
-        """The tensors of some items. A share of captions is dropped to the bare trigger; a share of items, the first, has the class phrase in its place.
+        """The tensors of some items. A share of captions is dropped to the bare trigger; a share of items gives its place to twins of the last ones,
+        with the class phrase where the trigger was.
 
         mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes.
         """
@@ -175,6 +179,7 @@ class Cache:
         stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
         # As many of each batch as the rate says, not whole batches: both kinds pull at once, and the weights swing less between them.
         preserved = int(config.preservation_rate * len(picked) + rng.random()) if config.preservation_rate and not others else 0
+        picked = picked[len(picked) - preserved :] + picked[preserved:]
         stems = [item.photo + CLASS_SUFFIX for item in picked[:preserved]] + stems[preserved:]
         files = [self._file(item.latents_name) for item in picked[mine]]
         latents = torch.stack([file["latents"] for file in files])
@@ -187,8 +192,7 @@ class Cache:
             tuple(item.photo for item in picked[mine]),
             len(picked),
             mine,
-            len(range(preserved)[mine]),
-            preserved > 0,
+            preserved,
         )
 
 

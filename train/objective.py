@@ -12,6 +12,9 @@ from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING
 from train.data import Batch
 from train.trainer import Trainer, evaluating, with_weights
 
+HIGHEST_OF = 8
+"""What preserves gets the highest of so many noise levels (docs/LOG.md, 2026-11-24)."""
+
 
 def loss_of(trainer: Trainer, batch: Batch, generator: torch.Generator) -> Tensor:
     """The loss of a batch: a scalar, fp32. `generator` (CPU) draws noise and noise levels, for the whole batch, so that several
@@ -22,9 +25,22 @@ def loss_of(trainer: Trainer, batch: Batch, generator: torch.Generator) -> Tenso
 
 
 def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The noise, as the batch's latents, and the noise levels [B] that a generator draws for it."""
-    noise = torch.randn((batch.whole, *batch.latents.shape[1:]), generator=generator)[batch.mine]
-    return noise, flow.sample_sigma(trainer.config.sigma_sampling, batch.whole, batch.weights.shape[1], generator)[batch.mine]
+    """The noise, as the batch's latents, and the noise levels [B] that a generator draws for it.
+
+    An item that preserves and its twin that learns have the same, at a high level. What both pull at cancels, and what stays is what the trigger word
+    makes; and under little noise the model sees who it is, whatever the prompt says, so that preserving teaches it to blur.
+    """
+
+    def levels() -> Tensor:
+        return flow.sample_sigma(trainer.config.sigma_sampling, batch.whole, batch.weights.shape[1], generator)
+
+    noise, sigma, count = torch.randn((batch.whole, *batch.latents.shape[1:]), generator=generator), levels(), batch.preserved
+    if count:
+        twins = min(count, batch.whole - count)  # where less than half learn, the first have none
+        sigma[:count] = torch.stack([levels() for _ in range(HIGHEST_OF)]).amax(0)[:count]
+        sigma[batch.whole - twins :] = sigma[count - twins : count]
+        noise[:count] = noise[batch.whole - count :].clone()
+    return noise[batch.mine], sigma[batch.mine]
 
 
 def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -45,9 +61,10 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
             trainer.modulation.show(sigma[:count], GUIDANCE_IN_TRAINING, few.pooled)
         return trainer.family.velocity(trainer.transformer, x[:count], levels[:count], GUIDANCE_IN_TRAINING, trainer.conditioned(few), ids).float()
 
-    if batch.preserving:  # all processes, even those without such items: where they share the base's weights, none can pass alone
+    if batch.preserved:  # all processes, even those without such items: where they share the base's weights, none can pass alone
+        count = batch.own_preserved
         with with_weights(trainer, trainer.untrained), evaluating(trainer):
-            own = predict(max(1, batch.preserved))[: batch.preserved]
-        target = torch.cat([own, target[batch.preserved :]])
-        weights = torch.cat([torch.ones_like(weights[: batch.preserved]), weights[batch.preserved :]])
+            own = predict(max(1, count))[:count]
+        target = torch.cat([own, target[count:]])
+        weights = torch.cat([torch.ones_like(weights[:count]), weights[count:]])
     return weights * (predict(len(x)) - target).square()
