@@ -75,9 +75,12 @@ def test_both_arms_are_given_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return lambda who, seed, marks, folder, recipe: seen.update({name: recipe.learning_rate}) or iter(())
 
     monkeypatch.setattr(bench_likeness, "ARMS", {OURS: arm(OURS), PEER: arm(PEER)})
-    recipes = [bench_likeness.mini_recipe(file, {}) for file in (None, RECIPES / "mini_preserving.yaml")]
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text((RECIPES / "mini.yaml").read_text().replace("learning_rate: 2.0e-3", "learning_rate: 1.0e-3"))
+    recipes, work = [bench_likeness.mini_recipe(file, {}) for file in (None, changed)], tmp_path / "work"
+    work.mkdir()
     for recipe in recipes:
         for name in (OURS, PEER):
-            bench_likeness.measure(tmp_path, name, "ada", 0, [1], 1, recipe)
-    assert seen == {OURS: 2e-3, PEER: 2e-3} and recipes[0].learning_rate == 1e-3
-    assert len(list(tmp_path.iterdir())) == 4, "what was kept of one recipe is not taken for the other's"
+            bench_likeness.measure(work, name, "ada", 0, [1], 1, recipe)
+    assert seen == {OURS: 1e-3, PEER: 1e-3} and recipes[0].learning_rate == 2e-3
+    assert len(list(work.iterdir())) == 4, "what was kept of one recipe is not taken for the other's"
