@@ -17,7 +17,7 @@ from scripts.bench_likeness import OURS, measure, mini_recipe, options, write_re
 UNCHANGED = "the recipe"
 CHOICES = (
     "", "learning_rate=5e-4", "learning_rate=1e-3", "lora_rank=4", "lora_rank=8", "lora_rank=32", "sigma_sampling=logit-normal", "sigma_sampling=shifted",
-    "ema_decay=0", "ema_decay=0.99", "warmup_steps=10", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0", "preservation_rate=0.5",
+    "ema_decay=0", "warmup_steps=10", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0", "preservation_rate=0.2", "preservation_rate=0.5",
     "targets=attention",
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, .
 
     \b
     Example:
-      python -m scripts.bench_choices --people ada,bo --choice learning_rate=2e-3
+      python -m scripts.bench_choices --people ada,bo --choice learning_rate=4e-3
     """
     load, marks, tried = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), ("", *choices) if choices else CHOICES
     trainings = [(choice, name, seed) for choice in tried for seed in range(seeds) for name in names.split(",")]
