@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,6 @@ from lorabooth.licences import LICENCES
 from lorabooth.runs import RunDir
 
 SAMPLES = ("samples/0.png",)
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> RunDir:
-    return RunDir(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 def changed(run: RunDir, **changes: Any) -> RunDir:

@@ -10,11 +10,17 @@ import pytest
 import yaml
 from hub_server import GOOD_TOKEN, Repository, client
 from push_server import READ_TOKEN, Failure, PushServer
-from pushing import FILES, SECRET, pushed, record, started
+from pushing import FILES, SECRET, copy_with_secrets, pushed, record, started
 
 from lorabooth.card import model_card
 from lorabooth.config import load_config
 from lorabooth.runs import RunDir
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunDir:
+    """A finished run in whose photos, captions and path stand secrets."""
+    return copy_with_secrets(tiny_run, tmp_path)
 
 
 def test_one_commit_has_the_lora_its_card_its_recipe_and_samples_and_no_photo_or_caption(hub: PushServer, run: RunDir, tmp_path: Path):

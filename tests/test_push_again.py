@@ -2,13 +2,21 @@
 
 import signal
 import time
+from pathlib import Path
 
+import pytest
 import yaml
 from hub_server import Repository
 from push_server import Failure, PushServer
-from pushing import FILES, SECRET, pushed, record, started
+from pushing import FILES, SECRET, copy_with_secrets, pushed, record, started
 
 from lorabooth.runs import RunDir
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunDir:
+    """A finished run in whose photos, captions and path stand secrets."""
+    return copy_with_secrets(tiny_run, tmp_path)
 
 
 def test_what_this_run_has_pushed_stays_its_own_whatever_was_tried_since(hub: PushServer, run: RunDir):

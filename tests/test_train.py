@@ -1,28 +1,22 @@
 """Training on the mini model: the right loss, the same bytes after any interruption, and a LoRA that others can load."""
 
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import compute_loss_weighting_for_sd3
+from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
+from trainers import trainer_of
 
 from infer.engine import Engine
 from infer.loras import resolve
@@ -31,28 +25,14 @@ from lorabooth import sampling, stages
 from lorabooth.cli import main
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
-from lorabooth.families import load_family
-from lorabooth.lora import LoraSpec
-from lorabooth.photos import Bucket, Manifest, ingest
+from lorabooth.photos import Manifest, ingest
 from lorabooth.runs import RunDir
-from train import encode, fit, objective
+from train import encode, fit
 from train import report as train_report
 from train.__main__ import main as train_stages
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.command import recipe_config, train
-from train.data import Cache, Item, Sampler, cached_key, items, stem, validation_items, write_cached
-
-SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> RunDir:
-    """A copy of the finished run, to damage."""
-    return RunDir(Path(shutil.copytree(tiny_run, tmp_path / "run")))
-
-
-def trainer_of(run: RunDir) -> fit.Trainer:
-    return fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
+from train.data import cached_key, items, stem, validation_items, write_cached
 
 
 def same_bytes(a: Path, b: Path) -> bool:
@@ -65,214 +45,6 @@ def flip_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-100] ^= 4
     file.write_bytes(data)
-
-
-# The loss
-
-
-def loss_as_in_diffusers(
-    transformer: torch.nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, conditioning, scheme: str
-) -> torch.Tensor:
-    """The loss of examples/dreambooth/train_dreambooth_lora_flux.py with --guidance_scale 1, at given noise levels."""
-    b, c, h, w = latents.shape
-    sigmas = sigmas.view(-1, 1, 1, 1)
-    noisy = (1.0 - sigmas) * latents + sigmas * noise
-    predicted = transformer(
-        hidden_states=FluxPipeline._pack_latents(noisy, b, c, h, w),
-        timestep=sigmas.flatten() * 1000 / 1000,
-        guidance=torch.tensor([1.0]).expand(b),
-        pooled_projections=conditioning.pooled,
-        encoder_hidden_states=conditioning.embeds,
-        txt_ids=torch.zeros(conditioning.embeds.shape[1], 3),
-        img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32),
-        return_dict=False,
-    )[0]
-    predicted = FluxPipeline._unpack_latents(predicted, height=h * 8, width=w * 8, vae_scale_factor=8)
-    target = noise - latents
-    weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
-    return torch.mean((weighting.float() * (predicted.float() - target.float()) ** 2).reshape(b, -1), 1).mean()
-
-
-# How the script draws noise levels (compute_density_for_timestep_sampling); the last with the shift that FLUX samples with.
-LEVELS = {
-    "logit-normal": lambda count, _, generator: torch.sigmoid(torch.randn(count, generator=generator)),
-    "uniform": lambda count, _, generator: torch.rand(count, generator=generator),
-    "shifted": lambda count, tokens, generator: shifted_as_in_diffusers(torch.sigmoid(torch.randn(count, generator=generator)), tokens),
-}
-
-
-def shifted_as_in_diffusers(sigmas: torch.Tensor, tokens: int) -> torch.Tensor:
-    return FlowMatchEulerDiscreteScheduler().time_shift(calculate_shift(tokens), 1.0, sigmas)
-
-
-@pytest.mark.parametrize(
-    ("levels", "weighting"), [("logit-normal", "none"), ("uniform", "none"), ("shifted", "none"), ("logit-normal", "sigma_sqrt"), ("uniform", "cosmap")]
-)
-def test_loss_and_gradients_are_those_of_the_script_in_diffusers(run: RunDir, levels: str, weighting: str):
-    trainer = trainer_of(run)
-    trainer.config = run.config.model_copy(update={"sigma_sampling": levels, "loss_weighting": weighting})
-    with torch.no_grad():  # lora_B starts at zero, which would make every gradient of lora_A zero
-        for p in trainer.state.parameters:
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    batch = trainer.cache.batch(trainer.sampler.batch(0), trainer.config, random.Random(0))
-    generator = torch.Generator().manual_seed(7)
-    loss = fit.loss_of(trainer, batch, generator)
-    ours = torch.autograd.grad(loss, trainer.state.parameters)
-    generator.manual_seed(7)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    sigmas = LEVELS[levels](len(noise), noise[0, 0].numel() // 4, generator)
-    plain = trainer.family.transformer(torch.device("cpu"), torch.float32)
-    parameters = LoraSpec.of(run.config).attach(plain, seed=0)
-    for p, mine in zip(parameters, trainer.state.parameters, strict=True):
-        p.data = mine.detach().clone()
-    reference = loss_as_in_diffusers(plain.train(), batch.latents, noise, sigmas, batch.conditioning, weighting)
-    theirs = torch.autograd.grad(reference, parameters)
-    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
-    assert len(ours) == len(theirs) > 0 and all(g.abs().max() > 0 for g in theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
-
-
-# The order of photos
-
-
-def counts(sampler: Sampler, batches: int) -> Counter[str]:
-    return Counter(item.photo for i in range(batches) for item in sampler.batch(i))
-
-
-@pytest.mark.parametrize(
-    ("square", "portrait", "batch_size"), [(12, 0, 4), (5, 0, 2), (3, 0, 4), (1, 0, 4), (11, 1, 4), (7, 3, 2)], ids=lambda value: str(value)
-)
-def test_every_photo_is_seen_equally_often_in_batches_of_one_shape(square: int, portrait: int, batch_size: int):
-    items = [Item(f"s{i}", SQUARE) for i in range(square)] + [Item(f"p{i}", PORTRAIT) for i in range(portrait)]
-    sampler = Sampler(items, batch_size, seed=1)
-    for i in range(50):
-        batch = sampler.batch(i)
-        assert len(batch) == batch_size and len({item.bucket for item in batch}) == 1
-    seen = counts(sampler, 1200)
-    assert len(seen) == square + portrait
-    # A photo alone in its shape must not be learned more than the others: its person would always stand that way.
-    assert max(seen.values()) <= 1.1 * min(seen.values())
-
-
-def test_the_order_is_a_function_of_the_seed_alone():
-    items = [Item(f"s{i}", SQUARE) for i in range(7)] + [Item(f"p{i}", PORTRAIT) for i in range(4)]
-    orders = [[Sampler(items, 2, seed).batch(i) for i in range(30)] for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-    backwards = Sampler(items, 2, 1)
-    assert [backwards.batch(i) for i in reversed(range(30))][::-1] == orders[0]
-
-
-def test_a_dropped_caption_is_the_bare_trigger(run: RunDir):
-    cache, sampler = Cache(run), trainer_of(run).sampler
-    picked = sampler.batch(0)
-    configs = (run.config.model_copy(update={"caption_dropout_rate": rate}) for rate in (1.0, 0.0))
-    dropped, kept = (cache.batch(picked, config, random.Random(0)).conditioning.embeds for config in configs)
-    trigger = load_file(run.cache / "trigger.text.safetensors")["embeds"]
-    assert all(torch.equal(row, trigger) for row in dropped)
-    assert not any(torch.equal(row, trigger) for row in kept)
-
-
-def test_what_a_mask_hides_is_not_in_the_loss(demo_photos: Path, tiny_command: list[str], tmp_path: Path):
-    photos = tmp_path / "photos"
-    with zipfile.ZipFile(demo_photos) as archive:
-        archive.extractall(photos)
-    for file in sorted(photos.glob("*.png")):
-        mask = Image.new("L", Image.open(file).size, 0)
-        mask.paste(255, (0, 0, mask.width // 2, mask.height))
-        mask.save(file.with_suffix(".mask.png"))
-    run = RunDir(tmp_path / "run")
-    assert main(["train", str(photos), *tiny_command[2:], "--horizontal-flip", "true", "--preview-every", "0", "--out", str(run.path)]) == 0
-    shutil.rmtree(run.checkpoints)
-    trainer = trainer_of(run)
-    for flipped in (False, True):
-        [item] = [item for item in items(Manifest.load(run.path), run.config) if item.photo == "00001" and item.flipped == flipped]
-        batch = trainer.cache.batch([item], trainer.config, random.Random(0))
-        weights = batch.weights.reshape(item.bucket.height_px // 16, item.bucket.width_px // 16)
-        shown, hidden = weights.chunk(2, dim=1)[:: -1 if flipped else 1]
-        assert weights.mean() == pytest.approx(1) and (hidden < 0.01).all() and (shown > 1.9).all()
-        other = batch.latents.clone()
-        other.unflatten(3, (2, -1))[:, :, :, 0 if flipped else 1] += 1
-        # The model sees the hidden half, so what it says of the other changes a little; what it says of the hidden one does not count.
-        noisy = [fit.loss_of(trainer, replace(batch, latents=latents), torch.Generator().manual_seed(3)).item() for latents in (batch.latents, other)]
-        even = [
-            fit.loss_of(trainer, replace(batch, latents=latents, weights=torch.ones_like(batch.weights)), torch.Generator().manual_seed(3)).item()
-            for latents in (batch.latents, other)
-        ]
-        assert abs(noisy[1] - noisy[0]) < 0.3 * abs(even[1] - even[0])
-
-
-# What the LoRA must leave alone
-
-
-def test_the_class_phrase_stands_where_the_trigger_stood():
-    assert encode.of_class("a TOK in a hat, TOKYO behind TOK", "TOK", "a man") == "a man in a hat, TOKYO behind a man"
-    assert encode.of_class("TOK's dog and the <x>", "<x>", r"a \1 dog") == r"TOK's dog and a \1 dog"
-
-
-@pytest.mark.parametrize("init", ["default", "pissa"])
-def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDir, init: str):
-    config = run.config.model_copy(update={"preservation_rate": 0.3, "lora_init": init, "lora_dropout": 0.1})
-    run._write_config(config)
-    encode.run(run)
-    trainer = trainer_of(run)
-    picked = trainer.sampler.batch(0)
-    batches = [trainer.cache.batch(picked, config, random.Random(seed)) for seed in range(100)]
-    assert 0.2 < sum(batch.preserved for batch in batches) / (100 * len(picked)) < 0.4
-    preserving = next(batch for batch in batches if batch.preserved)
-    assert preserving.preserved < len(picked), "the others go on learning"
-    twin = picked[len(picked) - preserving.preserved]
-    captions = load_file(run.cache / f"{twin.photo}-class.text.safetensors")["embeds"]
-    assert torch.equal(preserving.conditioning.embeds[0], captions) and preserving.photos[0] == twin.photo
-
-    trainer.transformer.eval()  # no dropout, so that a LoRA which has learned nothing is the base
-    noise, sigma = objective.drawn(trainer, preserving, torch.Generator().manual_seed(1))
-    errors = objective.squared_error(trainer, preserving, noise, sigma).mean((1, 2))
-    assert errors[: preserving.preserved].max() < 1e-6 < 1e-3 < errors[preserving.preserved :].min()
-    learned = []
-    with torch.no_grad():
-        for p in trainer.state.parameters:
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            learned.append(p.clone())
-    loss = objective.squared_error(trainer, preserving, noise, sigma)[: preserving.preserved].mean()
-    assert loss > 1e-4
-    assert all(torch.equal(p, q) for p, q in zip(trainer.state.parameters, learned, strict=True))
-    assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, trainer.state.parameters))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_what_preserves_is_the_twin_of_one_that_learns_under_much_noise(run: RunDir, count: int):
-    config = run.config.model_copy(update={"preservation_rate": 0.5, "sigma_sampling": "uniform"})
-    run._write_config(config)
-    encode.run(run)
-    trainer = trainer_of(run)
-    picked = (trainer.sampler.batch(0) * 4)[:4]
-    whole = replace(trainer.cache.batch(picked, config, random.Random(0)), preserved=count)
-    drawn = [objective.drawn(trainer, whole, torch.Generator().manual_seed(seed)) for seed in range(200)]
-    twins = min(count, 4 - count)
-    for noise, sigma in drawn:
-        assert torch.equal(noise[:count][count - twins :], noise[4 - twins :]) and torch.equal(sigma[:count][count - twins :], sigma[4 - twins :])
-        assert len(noise.flatten(1).unique(dim=0)) == 4 - twins
-    sigmas = torch.stack([sigma for _, sigma in drawn])
-    if count < 2:  # what learns without a twin has the levels of the recipe
-        assert sigmas[:, count : 4 - twins].mean() == pytest.approx(0.5, abs=0.06)
-    assert sigmas[:, :count].mean() == pytest.approx(8 / 9, abs=0.03), "the mean of the highest of eight"
-    # Two processes draw as one does.
-    for part in (slice(0, 2), slice(2, 4)):
-        noise, sigma = objective.drawn(trainer, replace(whole, mine=part), torch.Generator().manual_seed(0))
-        assert torch.equal(noise, drawn[0][0][part]) and torch.equal(sigma, drawn[0][1][part])
-
-
-def test_mirrored_photos_are_photos_of_their_own(run: RunDir):
-    run._write_config(run.config.model_copy(update={"horizontal_flip": True}))
-    manifest = Manifest.load(run.path)
-    found = items(manifest, run.config)
-    assert len(found) == 2 * len(manifest.photos) and sum(item.flipped for item in found) == len(manifest.photos)
-    plain, mirrored = (item for item in found if item.photo == found[0].photo)
-    file = run.photos / f"{plain.photo}.png"
-    assert torch.equal(encode.pixels(file, plain).flip(-1), encode.pixels(file, mirrored))
-    encode.run(run)
-    assert all((run.cache / item.latents_name).exists() for item in found)
 
 
 # Held-out photos

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from trainers import trainer_of
 
 from infer.engine import Engine
 from infer.loras import LoraChoice, resolve
@@ -40,10 +40,6 @@ def clip_run(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def run(clip_run: Path, tmp_path: Path) -> RunDir:
     """A copy of the run, to go on with."""
     return RunDir(Path(shutil.copytree(clip_run, tmp_path / "run")))
-
-
-def trainer_of(run: RunDir) -> fit.Trainer:
-    return fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
 
 
 def pixels(engine: Engine, loras: tuple[LoraChoice, ...]) -> np.ndarray:
