@@ -90,6 +90,7 @@ class TrainConfig(BaseModel):
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of the optimiser.")
+    loraplus_lr_ratio: float = Field(1.0, ge=1, le=64, description="How many times faster the LoRA's second matrices (B) learn than the first (LoRA+).")
     precision: Precision = Field("auto", description="Precision of the frozen base: auto, bf16, int8, fp8 or nf4. auto is the fastest that fits.")
     gradient_checkpointing: str = Field(
         "auto", description="Blocks whose activations are computed again in the backward pass: auto, none (or false), all (or true), or how many of them."
@@ -169,6 +170,8 @@ class TrainConfig(BaseModel):
             raise ValueError("blocks_to_swap needs gradient_checkpointing auto or all: a swapped block's weights are gone when its backward pass wants them")
         if self.train_text_encoder and self.precompute_modulation:
             raise ValueError("precompute_modulation needs the pooled prompts ahead, and train_text_encoder changes them at each step; choose one of them")
+        if self.loraplus_lr_ratio > 1 and self.optimizer == "prodigy":
+            raise ValueError("loraplus_lr_ratio wants two learning rates, and prodigy finds one for all; choose one of them")
         return self
 
     @property

@@ -76,7 +76,7 @@ def peer(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConf
         (photos / f"{i:02}.txt").write_text(scene.caption, encoding="utf-8")
     torch.manual_seed(seed)
     start, family = time.process_time(), load_family("mini")
-    trainer = Peer(family, recipe.recipe(), Encoding(family, *read_photos(photos, family.native_px), recipe.batch_size, seed).batch)
+    trainer = Peer(family, settings_of(PEER, recipe), Encoding(family, *read_photos(photos, family.native_px), recipe.batch_size, seed).batch)
     spent, step = time.process_time() - start, 0
     for mark in marks:
         start = time.process_time()
@@ -86,6 +86,12 @@ def peer(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConf
         spent += time.process_time() - start
         trainer.save(folder / str(mark))
         yield mark, spent, folder / str(mark) / "pytorch_lora_weights.safetensors"
+
+
+def settings_of(arm: str, recipe: TrainConfig) -> dict[str, Any]:
+    """What an arm takes from the recipe; the script knows no more than this of it."""
+    settings = recipe.recipe()
+    return settings if arm == OURS else {name: settings[name] for name in ("learning_rate", "lora_rank", "targets", "batch_size")}
 
 
 ARMS: dict[str, Callable[..., Iterator[tuple[int, float, Path]]]] = {OURS: ours, PEER: peer}
@@ -107,7 +113,7 @@ def scores(engine: Engine, name: str, scenes: int, lora: Path) -> dict[str, floa
 
 def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes: int, recipe: TrainConfig) -> list[dict[str, Any]]:
     """The rows of one training, from --work where they are there already."""
-    digest = hashlib.sha256(json.dumps(recipe.recipe(), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(settings_of(arm, recipe), sort_keys=True, default=str).encode()).hexdigest()[:8]
     told = [arm, name, str(seed), *map(str, marks), f"{scenes} scenes", digest]
     file = work / f"{' '.join(told)}.json"
     with suppress(OSError, ValueError):

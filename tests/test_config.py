@@ -103,6 +103,19 @@ def test_a_value_out_of_range_is_one_sentence_with_its_name_and_value(name: str,
     assert message.startswith(f"{name}: ") and repr(value) in message
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True, "lora_init": "pissa"}, "both rewrite what a LoRA starts from"),
+        ({"blocks_to_swap": 4, "gradient_checkpointing": "none"}, "gradient_checkpointing auto or all"),
+        ({"train_text_encoder": True, "precompute_modulation": True}, "the pooled prompts ahead"),
+        ({"optimizer": "prodigy", "loraplus_lr_ratio": 4}, "prodigy finds one for all"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_together(settings: dict[str, Any], words: str):
+    assert words in refusal(**settings)
+
+
 # U+0085 and U+2028 end a line too, and U+202E would turn a terminal's text around.
 @pytest.mark.parametrize("trigger", ["", " ", "\t", "TOK\n", "a\nb", "a\x00b", "a\x7fb", "a\x1b[31mb", "a\x85b", "a\u2028b", "a\u202eb", "a\udcffb"])
 def test_a_trigger_is_visible_text_on_one_line(trigger: str):

@@ -90,7 +90,7 @@ def test_every_optimiser_lowers_the_loss(name: str):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(128, 64), torch.randn(256, 128)
     target = x @ torch.randn(128, 64) / 11
-    optimizer = optimizers.build(name, list(layer.parameters()), config)
+    optimizer = optimizers.build(name, dict(layer.named_parameters()), config)
 
     def loss() -> torch.Tensor:
         return (layer(x) - target).square().mean()
@@ -131,6 +131,27 @@ def test_a_run_that_moves_to_another_kind_of_machine_does_not_mix_optimisers(run
 def test_prodigy_takes_a_rate_of_other_optimisers_for_its_own_default(given: float, used: float):
     assert optimizers.rate(TrainConfig(trigger_word="TOK", optimizer="prodigy", learning_rate=given)) == used
     assert optimizers.rate(TrainConfig(trigger_word="TOK", learning_rate=given)) == given
+
+
+def test_loraplus_has_the_second_matrices_learn_faster_and_a_resume_goes_on_so(run: RunDir):
+    settings = {"optimizer": "adamw", "loraplus_lr_ratio": 4.0, "weight_decay": 0.0, "ema_decay": 0.0, "max_grad_norm": 1e9}
+    trainer, plain = trainer_of(run, **settings), trainer_of(run, **settings | {"loraplus_lr_ratio": 1.0})
+    start = weights(trainer)
+    fit.train_step(trainer)
+    fit.train_step(plain)
+    after = zip(weights(trainer), weights(plain), start, strict=True)
+    # Adam's first step is the rate itself, whatever the gradient; lora_A has none as long as lora_B is zero.
+    moved = [(float((p - s).abs().max()), float((q - s).abs().max())) for p, q, s in list(after)[: len(trainer.live)] if not s.any()]
+    assert len(moved) == len(trainer.live) // 2
+    assert all(fast == pytest.approx(4 * slow, rel=1e-3) and slow > 0 for fast, slow in moved)
+    fit.train_step(trainer)
+    save_checkpoint(run, trainer.state)
+    resumed = trainer_of(run, **settings)
+    rates = [group["lr"] for group in resumed.state.optimizer.param_groups]
+    assert len(rates) == 2 and rates[1] == pytest.approx(4 * rates[0])
+    for each in (trainer, resumed):
+        fit.train_step(each)
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(resumed), strict=True))
 
 
 def test_accumulated_gradients_are_the_mean_over_the_batches(run: RunDir, monkeypatch: pytest.MonkeyPatch):

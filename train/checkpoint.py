@@ -24,7 +24,7 @@ KEPT = 2
 
 @dataclass
 class TrainState:
-    """Everything that changes as a run goes on. Tensors are the live ones; `parameters` in the optimiser's order."""
+    """Everything that changes as a run goes on. Tensors are the live ones; `ema` in the order of `parameters`."""
 
     step: int
     parameters: list[Tensor]

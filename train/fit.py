@@ -126,6 +126,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     text_encoder = family.clip(device, dtype) if config.train_text_encoder else None
     live += LoraSpec.of(config).attach_clip(text_encoder, config.seed) if text_encoder else []
     trained = [transformer, *([text_encoder] if text_encoder else [])]
+    names = [name for module in trained for name, p in module.named_parameters() if p.requires_grad]
     for p in live:  # those of blocks in host memory, too
         p.data = p.data.to(device)
     parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]
@@ -141,7 +142,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         module.train()
     name = optimizers.chosen(config, device)
     ema, untrained = ([p.detach().clone() for p in parameters] for _ in range(2))
-    state = TrainState(0, parameters, ema, optimizers.build(name, parameters, config), name)
+    state = TrainState(0, parameters, ema, optimizers.build(name, dict(zip(names, parameters, strict=True)), config), name)
     # A step takes one batch from the sampler, and each process its part of it.
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
@@ -185,8 +186,7 @@ def train_step(trainer: Trainer) -> tuple[Tensor, tuple[str, ...]]:
         photos += batch.photos
     trainer.average_gradients()
     torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = optimizers.rate(config) * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
+    optimizers.set_rates(state.optimizer, config, state.step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     trainer.show_weights()

@@ -10,7 +10,8 @@ from torch import Tensor
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 
-Parameters = list[Tensor]
+Parameters = list[dict[str, list[Tensor]]]
+"""Groups, as torch's optimisers take them."""
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -67,6 +68,19 @@ def rate(config: TrainConfig) -> float:
     return config.learning_rate
 
 
-def build(name: str, parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser called `name` (as from `chosen`) on these parameters."""
-    return MAKERS[name](parameters, lr=rate(config), weight_decay=config.weight_decay)
+def build(name: str, parameters: dict[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser called `name` (as from `chosen`) on these parameters, by their names; lora_B apart where it learns faster.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354): lora_B starts at zero and is to grow as far as lora_A stands already.
+    """
+    groups: tuple[list[Tensor], list[Tensor]] = [], []
+    for key, p in parameters.items():
+        groups[config.loraplus_lr_ratio > 1 and ".lora_B." in key].append(p)
+    return MAKERS[name]([{"params": group} for group in groups if group], lr=rate(config), weight_decay=config.weight_decay)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
+    """Set the learning rates of a step, counted from 0: a linear warm-up, then constant; that of lora_B by its ratio."""
+    warmed = rate(config) * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    for group, ratio in zip(optimizer.param_groups, (1.0, config.loraplus_lr_ratio), strict=False):
+        group["lr"] = ratio * warmed
