@@ -76,11 +76,11 @@ def test_both_arms_are_given_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(bench_likeness, "ARMS", {OURS: arm(OURS), PEER: arm(PEER)})
     changed = tmp_path / "recipe.yaml"
-    changed.write_text((RECIPES / "mini.yaml").read_text().replace("learning_rate: 2.0e-3", "learning_rate: 1.0e-3"))
+    changed.write_text((RECIPES / "mini.yaml").read_text().replace("learning_rate: 1.5e-3", "learning_rate: 1.0e-3"))
     recipes, work = [bench_likeness.mini_recipe(file, {}) for file in (None, changed)], tmp_path / "work"
     work.mkdir()
     for recipe in recipes:
         for name in (OURS, PEER):
             bench_likeness.measure(work, name, "ada", 0, [1], 1, recipe)
-    assert seen == {OURS: 1e-3, PEER: 1e-3} and recipes[0].learning_rate == 2e-3
+    assert seen == {OURS: 1e-3, PEER: 1e-3} and recipes[0].learning_rate == 1.5e-3
     assert len(list(work.iterdir())) == 4, "what was kept of one recipe is not taken for the other's"
