@@ -6,6 +6,7 @@ import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,10 +217,15 @@ def test_what_preserves_is_the_twin_of_one_that_learns_under_much_noise(run: Run
     if count < 2:  # what learns without a twin has the levels of the recipe
         assert sigmas[:, count : 4 - twins].mean() == pytest.approx(0.5, abs=0.06)
     assert sigmas[:, :count].mean() == pytest.approx(8 / 9, abs=0.03), "the mean of the highest of eight"
-    # Two processes draw as one does.
-    for part in (slice(0, 2), slice(2, 4)):
-        noise, sigma = objective.drawn(trainer, replace(whole, mine=part), torch.Generator().manual_seed(0))
+    # Two processes draw as one does, and share what preserves.
+    shares = []
+    for index in range(2):
+        part = replace(trainer, accelerator=SimpleNamespace(process_index=index, num_processes=2)).part
+        mine = replace(whole, mine=part)
+        noise, sigma = objective.drawn(trainer, mine, torch.Generator().manual_seed(0))
         assert torch.equal(noise, drawn[0][0][part]) and torch.equal(sigma, drawn[0][1][part])
+        shares.append(mine.own_preserved)
+    assert sum(shares) == count and max(shares) - min(shares) <= 1
 
 
 def test_mirrored_photos_are_photos_of_their_own(run: RunDir):

@@ -19,15 +19,13 @@ def compile_blocks(trainer: Trainer) -> None:
     shapes = list(((trainer.others.by_bucket if trainer.others else {}) | trainer.sampler.by_bucket).values())
 
     config, accelerator = trainer.config, trainer.accelerator
-    size, number = config.batch_size, accelerator.process_index
-    whole = size * accelerator.num_processes
+    whole = config.batch_size * accelerator.num_processes
     expected = config.preservation_rate * whole
 
     def each_shape() -> None:
         for group in tqdm(shapes, desc="compile (once, a minute or two)", unit="shape", disable=not accelerator.is_main_process):
             # The whole batch that training will have, and this process's part of it: its size and what of it is preserved are parts of the shape.
-            picked, part = (group * whole)[:whole], slice(number * size, (number + 1) * size)
-            batch = trainer.cache.batch(picked, config, random.Random(0), part)
+            batch = trainer.cache.batch((group * whole)[:whole], config, random.Random(0), trainer.part)
             for preserved in {0} if group[0].photo.startswith(CLASS_PREFIX) else {math.floor(expected), math.ceil(expected)}:
                 loss_of(trainer, replace(batch, preserved=preserved), torch.Generator().manual_seed(0)).backward()
 

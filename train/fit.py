@@ -198,10 +198,9 @@ def train_step(trainer: Trainer) -> tuple[Tensor, tuple[str, ...]]:
 
 def _batch(trainer: Trainer, index: int) -> tuple[Batch, torch.Generator]:
     """This process's part of the batch with an index, and what draws its noise."""
-    size, number = trainer.config.batch_size, trainer.accelerator.process_index
     rng, generator = _randomness(trainer.config.seed, index)
     sampler = trainer.others if trainer.others and rng.random() < trainer.config.prior_rate else trainer.sampler
-    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, slice(number * size, (number + 1) * size)), generator
+    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, trainer.part), generator
 
 
 def _look_ahead(trainer: Trainer, index: int) -> None:

@@ -52,6 +52,12 @@ class Trainer:
         """The modules that have a LoRA."""
         return [self.transformer, *([self.text_encoder] if self.text_encoder else [])]
 
+    @property
+    def part(self) -> slice:
+        """What this process computes of a whole batch. Not items side by side: the first of a batch preserve, which costs a pass more, and no process
+        should wait for one that has them all."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
     def conditioned(self, cached: Conditioning) -> Conditioning:
         """Cached prompts on the device in the base's precision; where CLIP is trained, with what it makes of them now."""
         found = cached.to(self.accelerator.device, base_dtype(self.accelerator.device))
