@@ -17,6 +17,7 @@ Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit"
 CaptionPrecision = Literal["auto", "bf16", "nf4"]
 LoraInit = Literal["default", "gaussian", "pissa"]
 SigmaSampling = Literal["logit-normal", "uniform", "shifted"]
+LrScheduler = Literal["constant", "linear", "cosine"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Subject = Literal["person", "object", "style"]
 Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
@@ -43,9 +44,10 @@ class TrainConfig(BaseModel):
         description="What the photos show: person, object or style. Generated captions leave it out, and photos of a person need that person's consent.",
     )
     steps: int = Field(1000, ge=1, le=100_000, description="Optimiser steps.")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; linear warm-up, then constant. prodigy takes it as a factor of its own.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; prodigy takes it as a factor of its own.")
     optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")
     warmup_steps: int = Field(20, ge=0, description="Steps over which the learning rate rises from zero.")
+    lr_scheduler: LrScheduler = Field("constant", description="After the warm-up the learning rate stays, or falls to zero, linear or cosine, by the last step.")
     batch_size: int = Field(1, ge=1, le=64, description="Photos a step, on each GPU.")
     gradient_accumulation: int = Field(1, ge=1, le=1000, description="Batches a step: their gradients are averaged before the optimiser moves.")
     resolution: str = Field("512,768,1024", description="Side lengths in px whose square is the area to train at; several by commas.")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from lorabooth.cli import main
 from lorabooth.config import Optimizer, TrainConfig
@@ -131,6 +132,22 @@ def test_a_run_that_moves_to_another_kind_of_machine_does_not_mix_optimisers(run
 def test_prodigy_takes_a_rate_of_other_optimisers_for_its_own_default(given: float, used: float):
     assert optimizers.rate(TrainConfig(trigger_word="TOK", optimizer="prodigy", learning_rate=given)) == used
     assert optimizers.rate(TrainConfig(trigger_word="TOK", learning_rate=given)) == given
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3, 20])
+def test_after_the_warm_up_the_rate_is_that_of_transformers_schedule(name: str, warmup: int):
+    config = TrainConfig(trigger_word="TOK", learning_rate=0.5, steps=12, warmup_steps=warmup, lr_scheduler=name)
+    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5) for _ in range(2))
+    schedule = get_scheduler("constant_with_warmup" if name == "constant" else name, theirs, warmup, config.steps)
+    for step in range(config.steps):
+        optimizers.set_rates(ours, config, step)
+        rate = ours.param_groups[0]["lr"]
+        # During the warm-up we are a step ahead: their first step has a rate of zero, and moves nothing.
+        assert rate == pytest.approx(theirs.param_groups[0]["lr"] if step >= warmup else 0.5 * (step + 1) / warmup)
+        theirs.step()
+        schedule.step()
+    assert rate > 0 if name == "constant" or not warmup else rate >= 0, "the last step moves something, too"
 
 
 def test_loraplus_has_the_second_matrices_learn_faster_and_a_resume_goes_on_so(run: RunDir):

@@ -1,5 +1,6 @@
 """Optimisers by the hosted trainer's names, each from the library that makes it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -80,7 +81,15 @@ def build(name: str, parameters: dict[str, Tensor], config: TrainConfig) -> torc
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    """Set the learning rates of a step, counted from 0: a linear warm-up, then constant; that of lora_B by its ratio."""
-    warmed = rate(config) * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """Set the learning rates of a step, counted from 0: a linear warm-up, then what the recipe says; that of lora_B by its ratio."""
+    share = min(1.0, (step + 1) / max(1, config.warmup_steps)) * _left(config, step)
     for group, ratio in zip(optimizer.param_groups, (1.0, config.loraplus_lr_ratio), strict=False):
-        group["lr"] = ratio * warmed
+        group["lr"] = rate(config) * share * ratio
+
+
+def _left(config: TrainConfig, step: int) -> float:
+    """The share of the peak rate after the warm-up: 1 at its first step, nearly 0 at the last. As transformers' schedules of these names."""
+    done = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.lr_scheduler == "linear":
+        return 1 - done
+    return (1 + math.cos(math.pi * done)) / 2 if config.lr_scheduler == "cosine" else 1.0
