@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; prodigy takes it as a factor of its own.")
     optimizer: Optimizer = Field("auto", description=f"Optimiser: {', '.join(get_args(Optimizer))}. auto is adamw8bit on CUDA, adamw elsewhere.")
     warmup_steps: int = Field(20, ge=0, description="Steps over which the learning rate rises from zero.")
-    lr_scheduler: LrScheduler = Field("constant", description="After the warm-up the learning rate stays, or falls to zero, linear or cosine, by the last step.")
+    lr_scheduler: LrScheduler = Field("constant", description="After the warm-up the learning rate stays, or falls to zero, linear or cosine, to the end.")
     batch_size: int = Field(1, ge=1, le=64, description="Photos a step, on each GPU.")
     gradient_accumulation: int = Field(1, ge=1, le=1000, description="Batches a step: their gradients are averaged before the optimiser moves.")
     resolution: str = Field("512,768,1024", description="Side lengths in px whose square is the area to train at; several by commas.")

@@ -76,7 +76,7 @@ def main() -> None:
     insert(Path("README.md"), {"summary": summary_table(mini, likeness)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
     tables = {
-        "likeness_curve": curve_table, "likeness_long": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table,
+        "likeness_curve": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table,
         "startup": startup_table,
     }  # fmt: skip
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
