@@ -1,6 +1,6 @@
 """Likeness beside diffusers' script, on people the mini model never saw: `python -m scripts.bench_likeness`.
 
-For each person, seed and arm: 12 photos are trained on, and after some steps new scenes are drawn and read off against the truth: identity (is it the
+For each person, seed and arm: 12 photos are trained on, and at some steps new scenes are drawn and read off against the truth: identity (is it the
 person), scene (is it what was asked for), and bleed (the identity that "a person" shows without the trigger word). Both arms have the same base, photos,
 captions, seed, LoRA and optimiser; the script is as it is (scripts/peer.py). What is done is kept in --work, so that hours of it can be interrupted, and
 so that several processes, each with some of the --people and OMP_NUM_THREADS=1, can share it: seconds are those of the processor, not of the wall.
@@ -46,19 +46,23 @@ PEOPLE = tuple(people.HELD_OUT | people.MORE)
 
 
 def ours(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConfig) -> Iterator[tuple[int, float, Path]]:
-    """Train by a recipe, for each mark from the start, since the learning rate may fall to the end; the steps, the seconds, and the LoRA file."""
+    """Train by a recipe; at each mark: the step, the seconds so far, and the LoRA file."""
+    if recipe.lr_scheduler != "constant" and len(marks) > 1:
+        raise click.UsageError(f"with lr_scheduler {recipe.lr_scheduler} each number of steps is another training; give --steps one")
     archive = folder / "photos.zip"
     people.write_zip(archive, people.photos(name, "[trigger]"))
+    config = recipe.model_copy(update={"seed": seed, "preview_every": 0, "steps": marks[-1]})
+    run, start = RunDir.create(folder / "run", config), time.process_time()
+    ingest(archive, run.path)
+    for stage in ("caption", "encode"):
+        stages.run_stage(stage, run)
+    trainer = fit.start(run, config, load_family("mini"), Accelerator(cpu=True))
+    spent = time.process_time() - start
     for mark in marks:
-        config = recipe.model_copy(update={"seed": seed, "preview_every": 0, "steps": mark})
-        run, start = RunDir.create(folder / f"run-{mark}", config), time.process_time()
-        ingest(archive, run.path)
-        for stage in ("caption", "encode"):
-            stages.run_stage(stage, run)
-        trainer = fit.start(run, config, load_family("mini"), Accelerator(cpu=True))
+        start = time.process_time()
         while trainer.state.step < mark:
             fit.train_step(trainer)
-        spent = time.process_time() - start
+        spent += time.process_time() - start
         save_checkpoint(run, trainer.state)
         file = folder / f"{mark}.safetensors"
         assert checkpoints.save_as_lora(run, checkpoints.folders(run)[-1], file)
@@ -66,7 +70,7 @@ def ours(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConf
 
 
 def peer(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConfig) -> Iterator[tuple[int, float, Path]]:
-    """The same by the script, with the learning rate, rank, layers and batch of our recipe; its rate is constant, so that one training passes all marks."""
+    """The same by the script, with the learning rate, rank, layers and batch of our recipe."""
     photos = folder / "photos"
     photos.mkdir()
     for i, scene in enumerate(people.photos(name, "[trigger]")):

@@ -75,10 +75,7 @@ def main() -> None:
     mini, likeness = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("mini", "likeness"))
     insert(Path("README.md"), {"summary": summary_table(mini, likeness)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
-    tables = {
-        "likeness_curve": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table,
-        "startup": startup_table,
-    }  # fmt: skip
+    tables = {"likeness_curve": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
     insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), **written})
 

@@ -42,6 +42,13 @@ def test_there_are_eight_people_with_something_the_mini_model_never_saw():
         assert all(value in world.values(attribute) for attribute, value in who.items())
 
 
+def test_a_rate_that_falls_to_the_end_is_measured_for_one_number_of_steps(tmp_path: Path):
+    recipe = tmp_path / "linear.yaml"
+    recipe.write_text("lr_scheduler: linear\n", encoding="utf-8")
+    done = CliRunner().invoke(bench_likeness.bench, ["--people", "di", "--steps", "2,4", "--recipe", str(recipe), "--work", str(tmp_path / "work")])
+    assert done.exit_code == 2 and "give --steps one" in done.output, done.output
+
+
 @pytest.mark.slow
 def test_both_arms_train_and_what_is_done_is_not_done_again(tmp_path: Path):
     arguments = ["--people", "di", "--seeds", "1", "--steps", "2,4", "--scenes", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
