@@ -2,7 +2,7 @@
 
 The job, from photos with captions to a LoRA file, by `python -m scripts.peer PHOTOS OUT --steps 120`: the script as it is, that is, with a
 caption for each photo and without --cache_latents, so that the VAE and both text encoders run at each step. That a step has the
-loss and the gradients of ours for the same noise is a test (tests/test_train.py).
+loss and the gradients of ours for the same noise is a test (tests/test_objective.py).
 """
 
 import random
