@@ -225,6 +225,7 @@ def forward_and_backward(memory_plan: MemoryPlan) -> tuple[torch.Tensor, torch.T
     transformer = family.transformer(CPU, torch.float32)
     modulation = place(transformer, memory_plan, CPU)
     parameters = LoraSpec(8, 8, "attention+ff").attach(transformer, 0)
+    lean(transformer)
     start_plan(transformer, memory_plan, CPU, random=False)
     transformer.train()
     generator = torch.Generator().manual_seed(1)
