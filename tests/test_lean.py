@@ -16,7 +16,8 @@ from lorabooth.lora import LoraSpec
 from lorabooth.quantized import put_blocks
 from lorabooth.sizes import blocks_of
 from scripts.bench_train import Operators, kept_bytes
-from train.lean import LeanLora, LeanSingleBlock, _neighbours, lean, norm_rope
+from train.lean import LeanLora
+from train.lean_blocks import LeanSingleBlock, lean, norm_rope, norms
 
 CPU = torch.device("cpu")
 FAMILY = Flux1("mini")
@@ -87,18 +88,19 @@ def test_every_layer_that_can_be_lean_is():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norm_and_rotation_are_those_of_diffusers(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 6, 3, 8, generator=generator).to(dtype).requires_grad_()
-    norm = nn.RMSNorm(8, eps=1e-6)
-    norm.weight.data = torch.rand(8, generator=generator).to(dtype) + 0.5
-    norm.requires_grad_(False)
+    pair = torch.randn(2, 6, 2, 3, 8, generator=generator).to(dtype).requires_grad_()
+    modules = [nn.RMSNorm(8, eps=1e-2).requires_grad_(False) for _ in range(2)]
+    for module in modules:
+        module.weight.data = torch.rand(8, generator=generator).to(dtype) + 0.5
     angles = torch.rand(6, 4, generator=generator).repeat_interleave(2, 1) * 6
-    norm.register_buffer("neighbours", _neighbours(norm.weight))
-    cos, sin, weights = angles.cos(), angles.sin(), torch.randn(2, 6, 3, 8, generator=generator)
-    theirs, ours = apply_rotary_emb(norm(x), (cos, sin), sequence_dim=1), norm_rope(x, norm, cos, sin)
-    assert ours.dtype == theirs.dtype == dtype
+    rotary, weights = (angles.cos(), angles.sin()), torch.randn(2, 2, 6, 3, 8, generator=generator)
+    theirs = [apply_rotary_emb(module(x), rotary, sequence_dim=1) for module, x in zip(modules, pair.unbind(2), strict=True)]
+    ours = norm_rope(pair, norms(*modules), rotary, 1e-2)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
-    torch.testing.assert_close(ours, theirs, **tolerance)
-    grads = [torch.autograd.grad((result.float() * weights).sum(), x)[0] for result in (ours, theirs)]
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine.dtype == right.dtype == dtype
+        torch.testing.assert_close(mine, right, **tolerance)
+    grads = [torch.autograd.grad((torch.stack(list(result)).float() * weights).sum(), pair)[0] for result in (ours, theirs)]
     torch.testing.assert_close(*grads, **tolerance)
 
 

@@ -29,7 +29,7 @@ from scripts.random_flux import DEV, write_model
 from tests.test_processes import untrained
 from train import encode, export, fit, objective, plan
 from train import trainer as trainer_room
-from train.lean import lean
+from train.lean_blocks import lean
 from train.placement import place, start_plan
 from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import plans_for, shapes_of

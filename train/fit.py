@@ -34,7 +34,7 @@ from train.base import pinned
 from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
 from train.compiled import compile_blocks
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
-from train.lean import lean
+from train.lean_blocks import lean
 from train.objective import drawn, loss_of
 from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
