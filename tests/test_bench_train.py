@@ -24,10 +24,10 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
-def test_a_step_launches_less_than_half_of_the_scripts_operators_and_keeps_less(record: dict):
+def test_a_step_launches_less_than_half_of_the_scripts_operators_and_keeps_no_more(record: dict):
     for base in record["bases"].values():
-        assert 0.3 < base["operator_ratio"] < 0.5 and 0.3 < base["kept_ratio"] < 0.85
-        assert all(row["operators"] > 1000 and 0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in base["arms"].values())
+        assert 0.25 < base["operator_ratio"] < 0.4 and 0.3 < base["kept_ratio"] < 1  # on a GPU less is kept: tests/test_lean.py
+        assert all(row["operators"] > 500 and 0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in base["arms"].values())
 
 
 def test_every_arm_and_the_job_are_on_record_with_the_machine(record: dict):

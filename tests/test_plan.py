@@ -70,7 +70,7 @@ def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed
     transformer.to(torch.bfloat16).requires_grad_(False)
     for p in LoraSpec(rank, rank, targets).attach(transformer, 0):
         p.data = p.data.to(torch.bfloat16)
-    lean(transformer)
+    lean(transformer, remake=True)
     start_plan(transformer, MemoryPlan("bf16", recomputed, 0, False), CPU, random=False)
     transformer.train()
     for block in blocks_of(transformer) if compiled else ():
@@ -225,7 +225,7 @@ def forward_and_backward(memory_plan: MemoryPlan) -> tuple[torch.Tensor, torch.T
     transformer = family.transformer(CPU, torch.float32)
     modulation = place(transformer, memory_plan, CPU)
     parameters = LoraSpec(8, 8, "attention+ff").attach(transformer, 0)
-    lean(transformer)
+    lean(transformer, remake=True)
     start_plan(transformer, memory_plan, CPU, random=False)
     transformer.train()
     generator = torch.Generator().manual_seed(1)

@@ -134,7 +134,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         p.data = p.data.to(dtype)
     if not (config.lora_dropout or config.use_dora):
         for module in trained:
-            lean(module)
+            lean(module, remake=device.type == "cuda")
     if plan.shards > 1:
         shard(transformer)
     start_plan(transformer, plan, device, random=config.lora_dropout > 0)

@@ -1,8 +1,8 @@
 """FLUX's blocks in training, around the linears of train/lean.py: fewer operators, and less kept for the backward pass.
 
-Query and key are kept once, not at each step of their normalisation and rotation, which they go through together. Text tokens of which nothing is read any
-more, those of the last block, are not computed. Where blocks are compiled, the compiler fuses better what it sees as single operators: then they are the
-libraries' own, and keep more (train/plan.py).
+Query and key are kept once, not at each step of their normalisation and rotation, which they go through together. The text tokens that the last block would
+make are read by nobody and are not made. Where blocks are compiled, the compiler fuses better what it sees as single operators: then they are the libraries'
+own, and keep more (train/plan.py).
 """
 
 from functools import lru_cache
@@ -13,53 +13,75 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorabooth.sizes import blocks_of
 from train.lean import LeanLora, Product, lean_layers
 
+WORTH = 0.02
+"""Where blocks are compiled, the last one is code of its own only if that spares such a share of all tokens in all blocks: it takes a while to compile."""
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the positions [N, width of a head], each angle twice."""
 
 
-def lean(model: nn.Module) -> None:
-    """Give a model with a plain LoRA (no dropout, no DoRA) these layers, in place. The LoRA cannot be switched off or merged any more: for training."""
+def lean(model: nn.Module, remake: bool) -> None:
+    """Give a model with a plain LoRA (no dropout, no DoRA) these layers, in place. The LoRA cannot be switched off or merged any more: for training.
+
+    remake: what GELU makes is made again in the backward pass and not kept. On a GPU memory is what lacks, and this is little beside the products; on a CPU
+    it is 3 to 6 % of a step (docs/LOG.md, 2026-11-28).
+    """
     lean_layers(model)
     for module in model.modules():
         for kind in (LeanFeedForward, LeanDoubleBlock, LeanSingleBlock):
             if type(module) is kind.__base__:
                 module.__class__ = kind
-                cast(Any, module).prepare()
+                cast(Any, module).prepare(remake)
     if singles := getattr(model, "single_transformer_blocks", None):
-        cast(Any, singles)[-1].prepare_last()
+        cast(Any, singles)[-1].prepare_last(len(blocks_of(model)))
+
+
+class Activated:
+    """A linear of GELU's result, which may stand beside something else. What it takes is kept in its parts, or made again of what goes into GELU."""
+
+    def __init__(self, linear: nn.Module, remake: bool):
+        self.linear, self.remake = linear, remake
+        self.product = Product([(linear,)], self.parts if remake else lambda *parts: parts) if isinstance(linear, LeanLora) else None
+
+    @staticmethod
+    def parts(hidden: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """What the linear takes."""
+        return *beside, F.gelu(hidden, approximate="tanh")
+
+    def __call__(self, hidden: Tensor, *beside: Tensor) -> Tensor:
+        """hidden [B, N, in], beside [B, N, some] -> [B, N, out]."""
+        parts = self.parts(hidden, *beside)
+        x = torch.cat(parts, 2) if beside else parts[0]
+        if self.product is None:
+            return cast(Tensor, self.linear(x))
+        return self.product(x, *((hidden, *beside) if self.remake else parts))[0]
 
 
 class LeanFeedForward(FeedForward):
     """Keeps what goes into GELU, not what comes out."""
 
-    def prepare(self) -> None:
+    def prepare(self, remake: bool) -> None:
         """Look at what has a LoRA."""
-        last = cast(Any, self.net)[-1]
-        self.shrink = Product([(last,)], activated) if isinstance(last, LeanLora) else last
+        self.shrink = Activated(cast(Any, self.net)[-1], remake)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[B, N, width] -> the same."""
         if torch.compiler.is_compiling():
             return cast(Tensor, super().forward(hidden_states))
-        hidden = cast(Any, self.net[0]).proj(hidden_states)
-        return self.shrink(*activated(hidden), hidden)[0] if isinstance(self.shrink, Product) else self.shrink(*activated(hidden))
-
-
-def activated(hidden: Tensor) -> tuple[Tensor]:
-    """GELU, as what a linear takes."""
-    return (F.gelu(hidden, approximate="tanh"),)
+        return self.shrink(cast(Any, self.net[0]).proj(hidden_states))
 
 
 class LeanDoubleBlock(FluxTransformerBlock):
     """A block in which image and text have weights of their own and attend to each other."""
 
-    def prepare(self) -> None:
+    def prepare(self, _: bool) -> None:
         """Look at what has a LoRA."""
         attn = cast(Any, self.attn)
         self.project_text = Projections((attn.add_q_proj, attn.add_k_proj), (attn.add_v_proj,))
@@ -77,8 +99,8 @@ class LeanDoubleBlock(FluxTransformerBlock):
         text, image = Modulation(self.norm1_context, temb, 6), Modulation(self.norm1, temb, 6)
         text_pairs, text_values = self.project_text(text.normed(encoder_hidden_states))
         image_pairs, image_values = self.project_image(image.normed(hidden_states))
-        weights = torch.cat([cast(Tensor, w).expand(n, -1, -1, -1) for w, n in zip((self.text_norms, self.image_norms), lengths, strict=True)])
-        query, key = norm_rope(heads_of(attn, torch.cat([text_pairs, image_pairs], 1), 2), weights, image_rotary_emb, attn.norm_q.eps)
+        pairs, weights = heads_of(attn, torch.cat([text_pairs, image_pairs], 1), 2), (cast(Tensor, self.text_norms), cast(Tensor, self.image_norms))
+        query, key = norm_rope(pairs, weights, lengths, image_rotary_emb, attn.norm_q.eps)
         attended = attend(attn, query, key, torch.cat([text_values, image_values], 1)).split(lengths, 1)
         encoder_hidden_states = text.gated(encoder_hidden_states, attn.to_add_out(attended[0].contiguous()))
         hidden_states = image.gated(hidden_states, attn.to_out[0](attended[1].contiguous()))
@@ -91,17 +113,17 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
     last = False
     """Whether nobody reads the text tokens that come out."""
 
-    def prepare(self) -> None:
+    def prepare(self, remake: bool) -> None:
         """Look at what has a LoRA."""
         attn = cast(Any, self.attn)
         self.project = Projections((attn.to_q, attn.to_k), (attn.to_v,), (self.proj_mlp,))
-        self.shrink = Product([(self.proj_out,)], beside_activated) if isinstance(self.proj_out, LeanLora) else self.proj_out
+        self.shrink = Activated(self.proj_out, remake)
         self.register_buffer("pair_norms", norms(attn.norm_q, attn.norm_k), persistent=False)
 
-    def prepare_last(self) -> None:
-        """Be the last block."""
+    def prepare_last(self, blocks: int) -> None:
+        """Be the last of so many blocks."""
         attn = cast(Any, self.attn)
-        self.last = True
+        self.last, self.blocks = True, blocks
         self.project_all, self.project_image = Projections((attn.to_k,), (attn.to_v,)), Projections((attn.to_q,), (self.proj_mlp,))
 
     def forward(
@@ -109,6 +131,8 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, width] and text tokens [B, M, width] -> text and image tokens."""
         if torch.compiler.is_compiling():
+            if self.last and encoder_hidden_states.shape[1] > WORTH * self.blocks * (encoder_hidden_states.shape[1] + hidden_states.shape[1]):
+                return encoder_hidden_states, self.image_only(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
             return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         attn, count, weights = cast(Any, self.attn), encoder_hidden_states.shape[1], cast(Tensor, self.pair_norms)
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -118,20 +142,24 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
             tokens, image_rotary = hidden_states, (image_rotary_emb[0][count:], image_rotary_emb[1][count:])
             keys, values = self.project_all(normed)
             queries, hidden = self.project_image(normed[:, count:])
-            (key,) = norm_rope(heads_of(attn, keys, 1), weights[:, 1:], image_rotary_emb, attn.norm_k.eps)
-            (query,) = norm_rope(heads_of(attn, queries, 1), weights[:, :1], image_rotary, attn.norm_q.eps)
+            (key,) = norm_rope(heads_of(attn, keys, 1), (weights[1:],), (normed.shape[1],), image_rotary_emb, attn.norm_k.eps)
+            (query,) = norm_rope(heads_of(attn, queries, 1), (weights[:1],), (hidden_states.shape[1],), image_rotary, attn.norm_q.eps)
         else:
             pairs, values, hidden = self.project(normed)
-            query, key = norm_rope(heads_of(attn, pairs, 2), weights, image_rotary_emb, attn.norm_q.eps)
-        attended = attend(attn, query, key, values)
-        both = torch.cat(beside_activated(attended, hidden), dim=2)
-        tokens = modulation.gated(tokens, self.shrink(both, attended, hidden)[0] if isinstance(self.shrink, Product) else self.shrink(both))
+            query, key = norm_rope(heads_of(attn, pairs, 2), (weights,), (normed.shape[1],), image_rotary_emb, attn.norm_q.eps)
+        tokens = modulation.gated(tokens, self.shrink(hidden, attend(attn, query, key, values)))
         return (encoder_hidden_states, tokens) if self.last else cast(tuple[Tensor, Tensor], tokens.split([count, hidden_states.shape[1]], 1))
 
-
-def beside_activated(attended: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What the last linear of a single block takes."""
-    return attended, F.gelu(hidden, approximate="tanh")
+    def image_only(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Rotary) -> Tensor:
+        """The image tokens that the last block makes, in the library's own operators."""
+        attn, count = cast(Any, self.attn), encoder_hidden_states.shape[1]
+        normed, gate = self.norm(torch.cat([encoder_hidden_states, hidden_states], 1), emb=temb)
+        image = normed[:, count:]
+        key = apply_rotary_emb(attn.norm_k(attn.to_k(normed).unflatten(-1, (-1, attn.head_dim))), image_rotary_emb, sequence_dim=1)
+        image_rotary = (image_rotary_emb[0][count:], image_rotary_emb[1][count:])
+        query = apply_rotary_emb(attn.norm_q(attn.to_q(image).unflatten(-1, (-1, attn.head_dim))), image_rotary, sequence_dim=1)
+        attended = attend(attn, query, key, attn.to_v(normed))
+        return hidden_states + gate[:, None] * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(image))], 2))
 
 
 class Projections:
@@ -181,16 +209,16 @@ def attend(attn: FluxAttention, query: Tensor, key: Tensor, values: Tensor) -> T
 
 
 def norms(*modules: nn.RMSNorm) -> Tensor:
-    """The weights of RMS norms of a width as [1, count, 1, width], fp32, times the root of the width."""
-    return torch.stack([module.weight.detach().float() * sqrt(len(module.weight)) for module in modules])[None, :, None]
+    """The weights of RMS norms of a width as [count, 1, width], fp32, times the root of the width."""
+    return torch.stack([module.weight.detach().float() * sqrt(len(module.weight)) for module in modules])[:, None]
 
 
-def norm_rope(x: Tensor, weights: Tensor, rotary: Rotary, eps: float) -> tuple[Tensor, ...]:
+def norm_rope(x: Tensor, weights: tuple[Tensor, ...], lengths: tuple[int, ...], rotary: Rotary, eps: float) -> tuple[Tensor, ...]:
     """RMS norm over each head (Zhang and Sennrich 2019, arXiv 1910.07467), then the rotation of pairs by position (Su et al. 2021, arXiv 2104.09864).
 
-    x [B, N, count, heads, width] (query and key, say), weights [N or 1, count, 1, width] as from `norms`; `count` tensors [B, N, heads, width] come back.
+    x [B, N, count, heads, width] (query and key, say), weights as from `norms`, each for so many of the N tokens -> `count` tensors [B, N, heads, width].
     """
-    return cast(tuple[Tensor, ...], _NormRope.apply(x, weights, *_rotation(*rotary), eps * x.shape[-1]))
+    return cast(tuple[Tensor, ...], _NormRope.apply(x, *_rotation(*rotary), eps * x.shape[-1], lengths, *weights))
 
 
 @lru_cache(maxsize=2)
@@ -204,26 +232,30 @@ class _NormRope(torch.autograd.Function):
     """out = rotation * (weights * x) / |x|, pairs taken for complex numbers; nothing but x and its norm is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, rotation: Tensor, back: Tensor, eps: float) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, rotation: Tensor, back: Tensor, eps: float, lengths: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().add_(eps).rsqrt_()
-        out = x * weights
+        out = torch.empty_like(x, dtype=torch.float32)
+        for part, place, weight in zip(x.split(lengths, 1), out.split(lengths, 1), weights, strict=True):
+            torch.mul(part, weight, out=place)
         _pairs(out).mul_(rotation)
         out = out.mul_(inverse).to(x.dtype)
-        ctx.save_for_backward(x, inverse, weights, back)
+        ctx.save_for_backward(x, inverse, back, *weights)
+        ctx.lengths = lengths
         return out.unbind(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, inverse, weights, back = ctx.saved_tensors
+        x, inverse, back, *weights = ctx.saved_tensors
         to_x = torch.empty_like(x, dtype=torch.float32)
         for gradient, scale, place in zip(gradients, inverse.unbind(2), to_x.unbind(2), strict=True):
             torch.mul(gradient, scale, out=place)
         _pairs(to_x).mul_(back)
-        to_x.mul_(weights)
+        for place, weight in zip(to_x.split(ctx.lengths, 1), weights, strict=True):
+            place.mul_(weight)
         wide = x.float()
         along = (wide * to_x).sum(-1, keepdim=True).mul_(inverse.square())
-        return to_x.addcmul_(wide, along, value=-1).to(x.dtype), None, None, None, None
+        return to_x.addcmul_(wide, along, value=-1).to(x.dtype), *(None for _ in range(4 + len(weights)))
 
 
 def _pairs(x: Tensor) -> Tensor:
