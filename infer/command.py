@@ -15,6 +15,7 @@ from infer.options import PictureOptions, engine_options, filter_option, picture
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
 from infer.settings import Settings
+from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
 from lorabooth.runs import prepared
 
@@ -62,11 +63,12 @@ def generate(
     Example, far away and still recognisable:
       lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
-    from infer.drawing import Drawing
-    from infer.engine import Engine
-    from infer.finish import Finishing
-    from infer.named_base import base_of
-    from lorabooth.families import load_family
+    with heavy_imports():
+        from infer.drawing import Drawing
+        from infer.engine import Engine
+        from infer.finish import Finishing
+        from infer.named_base import base_of
+        from lorabooth.families import load_family
 
     choices = tuple(lora_store.resolve(reference) for reference in references)
     if plan_of:

@@ -13,6 +13,7 @@ from infer.options import PictureOptions, engine_options, filter_option, picture
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.settings import Settings
 from lorabooth.errors import UserError
+from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
 from lorabooth.runs import RunDir, prepared
 
@@ -44,10 +45,11 @@ def grid(
     Example, which checkpoint is best, on the built-in portraits:
       lorabooth grid --template all --checkpoints runs/TOK-photos
     """
-    from infer import grid_page
-    from infer.engine import Engine
-    from infer.grid import Grid
-    from lorabooth.families import load_family
+    with heavy_imports():
+        from infer import grid_page
+        from infer.engine import Engine
+        from infer.grid import Grid
+        from lorabooth.families import load_family
 
     columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
     if plan_of:

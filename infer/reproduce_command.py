@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from infer.options import filter_option
+from lorabooth.imports import heavy_imports
 
 
 @click.command()
@@ -29,6 +30,7 @@ def reproduce(
     Example, a picture of somebody else:
       lorabooth reproduce portrait.webp --lora runs/TOK-photos
     """
-    from infer.reproduce import make_again
+    with heavy_imports():
+        from infer.reproduce import make_again
 
     make_again(path, references, image, mask, model, out, filtered, as_json)

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from lorabooth.errors import StageFailed, UserError
+from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 
@@ -90,5 +91,6 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
 
 def load(module: str, attribute: str) -> Callable[..., Any]:
     """A function of a room, by name."""
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    with heavy_imports():
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function
