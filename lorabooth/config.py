@@ -64,6 +64,7 @@ class TrainConfig(BaseModel):
         "", description="Layers that get a LoRA, as the hosted trainer takes them: every linear in whose name this is found. Wins over targets."
     )
     train_text_encoder: bool = Field(False, description="Put a LoRA on the CLIP text encoder's attention too, as diffusers' option of this name does.")
+    text_encoder_lr_ratio: float = Field(0.1, gt=0, le=1, description="The learning rate of CLIP's LoRA, as a share of the transformer's.")
     sigma_sampling: SigmaSampling = Field(
         "logit-normal", description="Noise levels of a step: logit-normal, uniform, or shifted (logit-normal, moved to more noise for larger pictures)."
     )

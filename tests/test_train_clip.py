@@ -32,7 +32,7 @@ from train.trainer import with_weights
 @pytest.fixture(scope="module")
 def clip_run(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "run"
-    assert main([*tiny_command, "--train-text-encoder", "true", "--lora-alpha", "8", "--out", str(folder)]) == 0
+    assert main([*tiny_command, "--train-text-encoder", "true", "--text-encoder-lr-ratio", "1", "--lora-alpha", "8", "--out", str(folder)]) == 0
     return folder
 
 
@@ -102,6 +102,34 @@ def test_a_resumed_run_gives_the_same_bytes(run: RunDir):
     fit.train_step(resumed)
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(resumed), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights(trainer), start, strict=True)), "a part of the LoRA was not trained"
+
+
+@pytest.mark.parametrize("plus", [1.0, 4.0])
+def test_clip_learns_at_its_share_of_the_rate_and_a_resume_goes_on_so(run: RunDir, plus: float):
+    shutil.rmtree(run.checkpoints)
+    settings = {"text_encoder_lr_ratio": 0.25, "loraplus_lr_ratio": plus, "optimizer": "adamw", "weight_decay": 0.0, "ema_decay": 0.0, "max_grad_norm": 1e9}
+    trainer = trainer_of(run, **settings)
+    start = [t.detach().clone() for t in trainer.state.parameters]
+    fit.train_step(trainer)
+    # Adam's first step is the rate itself, whatever the gradient.
+    moved = [float((p - s).abs().max()) for p, s in zip(trainer.state.parameters, start, strict=True)]
+    clip = len([p for p in trainer.text_encoder.parameters() if p.requires_grad])
+    assert clip == 2 * 4 * 2
+    rate, of_transformer, of_clip = trainer.config.learning_rate, moved[:-clip], moved[-clip:]
+    assert max(of_transformer) == pytest.approx(plus * rate, rel=0.01) and max(of_clip) == pytest.approx(0.25 * plus * rate, rel=0.01)
+    save_checkpoint(run, trainer.state)
+    resumed = trainer_of(run, **settings)
+    load_checkpoint(run, resumed.state)
+    for each in (trainer, resumed):
+        fit.train_step(each)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.state.parameters, resumed.state.parameters, strict=True))
+
+
+def test_prodigy_has_one_rate_for_both_parts(run: RunDir):
+    shutil.rmtree(run.checkpoints)
+    trainer = trainer_of(run, optimizer="prodigy", text_encoder_lr_ratio=0.25)
+    fit.train_step(trainer)
+    assert len(trainer.state.optimizer.param_groups) == 1
 
 
 def test_other_weights_are_shown_to_clip_too(run: RunDir):

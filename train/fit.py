@@ -126,7 +126,8 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     text_encoder = family.clip(device, dtype) if config.train_text_encoder else None
     live += LoraSpec.of(config).attach_clip(text_encoder, config.seed) if text_encoder else []
     trained = [transformer, *([text_encoder] if text_encoder else [])]
-    names = [name for module in trained for name, p in module.named_parameters() if p.requires_grad]
+    components = zip(("transformer", "text_encoder"), trained, strict=False)
+    names = [f"{component}.{name}" for component, module in components for name, p in module.named_parameters() if p.requires_grad]
     for p in live:  # those of blocks in host memory, too
         p.data = p.data.to(device)
     parameters = live if dtype == torch.float32 else [p.detach().clone() for p in live]

@@ -69,21 +69,32 @@ def rate(config: TrainConfig) -> float:
     return config.learning_rate
 
 
-def build(name: str, parameters: dict[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser called `name` (as from `chosen`) on these parameters, by their names; lora_B apart where it learns faster.
+def ratios(config: TrainConfig) -> tuple[float, ...]:
+    """How many times the learning rate each group of parameters has: lora_A and lora_B of the transformer, then of CLIP, as far as they differ.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354): lora_B starts at zero and is to grow as far as lora_A stands already.
     """
-    groups: tuple[list[Tensor], list[Tensor]] = [], []
+    if config.optimizer == "prodigy":  # one estimate for all
+        return (1.0,)
+    of_parts = (1.0, config.text_encoder_lr_ratio) if config.train_text_encoder else (1.0,)
+    of_sides = (1.0, config.loraplus_lr_ratio) if config.loraplus_lr_ratio > 1 else (1.0,)
+    return tuple(part * side for part in of_parts for side in of_sides)
+
+
+def build(name: str, parameters: dict[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser called `name` (as from `chosen`) on these parameters, in groups by their names, which begin with the component they are of."""
+    groups: list[list[Tensor]] = [[] for _ in ratios(config)]
+    sides = 2 if config.loraplus_lr_ratio > 1 else 1
     for key, p in parameters.items():
-        groups[config.loraplus_lr_ratio > 1 and ".lora_B." in key].append(p)
-    return MAKERS[name]([{"params": group} for group in groups if group], lr=rate(config), weight_decay=config.weight_decay)
+        place = sides * key.startswith("text_encoder.") + (sides - 1) * (".lora_B." in key)
+        groups[place if len(groups) > 1 else 0].append(p)
+    return MAKERS[name]([{"params": group} for group in groups], lr=rate(config), weight_decay=config.weight_decay)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    """Set the learning rates of a step, counted from 0: a linear warm-up, then what the recipe says; that of lora_B by its ratio."""
+    """Set the learning rates of a step, counted from 0: a linear warm-up, then what the recipe says; each group's by its ratio."""
     share = min(1.0, (step + 1) / max(1, config.warmup_steps)) * _left(config, step)
-    for group, ratio in zip(optimizer.param_groups, (1.0, config.loraplus_lr_ratio), strict=False):
+    for group, ratio in zip(optimizer.param_groups, ratios(config), strict=True):
         group["lr"] = rate(config) * share * ratio
 
 
