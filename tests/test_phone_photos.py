@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+from drawn_photos import corners, encoded, half, ingested, mask_of, one
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
-from test_photos import corners, encoded, half, ingested, mask_of, one
 
 from lorabooth.cli import main
 from lorabooth.decoding import decode

@@ -1,51 +1,18 @@
 """Photos: what comes out of ingest, whatever comes in; the manifest; the shapes of training."""
 
 import errno
-import hashlib
-import io
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_photos import corners, encoded, ingested, one
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from lorabooth import photos
 from lorabooth.errors import UserError
 from lorabooth.photos import Bucket, Manifest, Photo, fit, ingest
-
-
-def corners(mode: str = "RGB", size: tuple[int, int] = (32, 20)) -> Image.Image:
-    """Four corners of four colours, so that every turn and mirror shows."""
-    image = Image.new("RGB", size, "white")
-    for place, colour in (((0, 0), "red"), ((size[0] // 2, 0), "lime"), ((0, size[1] // 2), "blue")):
-        image.paste(colour, (*place, place[0] + size[0] // 2, place[1] + size[1] // 2))
-    return image.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def ingested(tmp_path: Path, files: dict[str, bytes], run: str = "run") -> tuple[Manifest, list[Image.Image]]:
-    """The manifest of a zip of these files, and the pictures in the run."""
-    source = tmp_path / "photos.zip"
-    with zipfile.ZipFile(source, "w") as new:
-        for name, data in files.items():
-            new.writestr(name, data)
-    manifest = ingest(source, tmp_path / run)
-    return manifest, [Image.open(tmp_path / run / "photos" / photo.file) for photo in manifest.photos]
-
-
-def one(tmp_path: Path, data: bytes, name: str = "a.png") -> Image.Image:
-    """The picture that one file becomes."""
-    _, (image,) = ingested(tmp_path, {name: data})
-    assert image.mode == "RGB"
-    return image
 
 
 def chunks(path: Path) -> set[bytes]:
@@ -379,78 +346,3 @@ def test_fit_crops_sides_evenly_and_keeps_more_of_the_top():
 
 def test_fit_leaves_a_picture_of_its_size_as_it_is():
     assert np.array_equal(np.asarray(fit(corners(size=(64, 64)), Bucket(64, 64))), np.asarray(corners(size=(64, 64))))
-
-
-# Masks
-
-
-def half(size: tuple[int, int] = (32, 20)) -> Image.Image:
-    """White on the left, black on the right."""
-    mask = Image.new("L", size, 0)
-    mask.paste(255, (0, 0, size[0] // 2, size[1]))
-    return mask
-
-
-def mask_of(tmp_path: Path, photo: Photo, run: str = "run") -> np.ndarray:
-    file = tmp_path / run / "photos" / photo.mask_file
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == photo.mask_sha256
-    return np.asarray(Image.open(file))
-
-
-@pytest.mark.parametrize("name", ["me.mask.png", "ME.MASK.PNG", "me.mask.webp"])
-def test_a_mask_beside_a_photo_is_kept_at_its_size(tmp_path: Path, name: str):
-    kind = "WEBP" if name.endswith("webp") else "PNG"
-    manifest, _ = ingested(tmp_path, {"me.jpg": encoded(corners(), "JPEG"), name: encoded(half((64, 40)).convert("RGB"), kind)})
-    (photo,) = manifest.photos
-    mask = mask_of(tmp_path, photo)
-    assert mask.shape == (20, 32) and (mask[:, :15] > 250).all() and (mask[:, 17:] < 5).all()
-    assert Manifest.load(tmp_path / "run") == manifest
-
-
-def test_what_is_transparent_in_a_photo_is_its_mask(tmp_path: Path):
-    photo = corners()
-    photo.putalpha(half())
-    manifest, _ = ingested(tmp_path, {"me.png": encoded(photo)})
-    assert np.array_equal(mask_of(tmp_path, manifest.photos[0]), np.asarray(half()))
-    assert any("me.png is transparent in part, which is not trained on" in note for note in manifest.notes)
-    opaque = corners()
-    opaque.putalpha(255)
-    manifest, _ = ingested(tmp_path, {"me.png": encoded(opaque)}, "opaque")
-    assert manifest.photos[0].mask_sha256 is None
-
-
-def test_a_mask_of_its_own_wins_over_transparency_and_may_be_transparent_itself(tmp_path: Path):
-    photo, mask = corners(), Image.new("RGB", (32, 20), "white")
-    photo.putalpha(half().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    mask.putalpha(half())
-    manifest, _ = ingested(tmp_path, {"me.png": encoded(photo), "me.mask.png": encoded(mask)})
-    assert np.array_equal(mask_of(tmp_path, manifest.photos[0]), np.asarray(half()))
-
-
-def test_a_mask_is_turned_like_its_photo(tmp_path: Path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo = corners()
-    photo.putalpha(half())
-    manifest, (image,) = ingested(tmp_path, {"me.png": encoded(photo, exif=exif)})
-    turned = half().transpose(Image.Transpose.ROTATE_270)
-    assert image.size == turned.size and np.array_equal(mask_of(tmp_path, manifest.photos[0]), np.asarray(turned))
-
-
-@pytest.mark.parametrize(
-    ("mask", "said"),
-    [
-        (encoded(Image.new("L", (32, 20), 0)), "me.mask.png is all black: nothing of its photo would be learned: left out"),
-        (encoded(half((20, 32))), "me.mask.png has another shape than its photo (20 x 32 px, not 32 x 20): left out"),
-        (b"no picture", "me.mask.png is damaged or not a picture: left out"),
-    ],
-    ids=["black", "shape", "damaged"],
-)
-def test_a_mask_that_cannot_be_used_is_noted_and_the_photo_stays(tmp_path: Path, mask: bytes, said: str):
-    manifest, _ = ingested(tmp_path, {"me.png": encoded(corners()), "me.mask.png": mask})
-    assert said in manifest.notes and manifest.photos[0].mask_sha256 is None
-
-
-def test_a_mask_without_a_photo_is_noted(tmp_path: Path):
-    manifest, _ = ingested(tmp_path, {"me.png": encoded(corners()), "you.mask.png": encoded(half())})
-    assert "you.mask.png has no photo of its name: left out" in manifest.notes and len(manifest.photos) == 1
