@@ -71,6 +71,12 @@ def test_words_of_any_kind_stay_valid(run: RunDir):
     assert ModelCard(card).data.instance_prompt == trigger and "a\\|b" in card
 
 
+def test_it_tells_what_learnt_at_which_rate(run: RunDir):
+    plain, card = model_card(run, "me/tok"), model_card(changed(run, train_text_encoder=True, text_encoder_lr_ratio=0.25, loraplus_lr_ratio=4.0), "me/tok")
+    assert "CLIP" not in plain and "and CLIP |" in card
+    assert "| 0.02, adamw, of lora_B 4 times that, of CLIP 0.25 times that |" in card
+
+
 def test_consent_and_likeness_stand_in_it_where_they_were_given(run: RunDir):
     assert "agreed" not in model_card(run, "me/tok")
     agreed = consent.Consent(consent.STATEMENT, "2026-01-02T03:04:05Z", "option")

@@ -96,7 +96,7 @@ class LeanDoubleBlock(FluxTransformerBlock):
         if torch.compiler.is_compiling():
             return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         attn, lengths = cast(Any, self.attn), (encoder_hidden_states.shape[1], hidden_states.shape[1])
-        text, image = Modulation(self.norm1_context, temb, 6), Modulation(self.norm1, temb, 6)
+        text, image = AdaLN(self.norm1_context, temb, 6), AdaLN(self.norm1, temb, 6)
         text_pairs, text_values = self.project_text(text.normed(encoder_hidden_states))
         image_pairs, image_values = self.project_image(image.normed(hidden_states))
         pairs, weights = heads_of(attn, torch.cat([text_pairs, image_pairs], 1), 2), (cast(Tensor, self.text_norms), cast(Tensor, self.image_norms))
@@ -136,7 +136,7 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
             return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         attn, count, weights = cast(Any, self.attn), encoder_hidden_states.shape[1], cast(Tensor, self.pair_norms)
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        modulation = Modulation(self.norm, temb, 3)
+        modulation = AdaLN(self.norm, temb, 3)
         normed = modulation.normed(tokens)
         if self.last:
             tokens, image_rotary = hidden_states, (image_rotary_emb[0][count:], image_rotary_emb[1][count:])
@@ -176,8 +176,9 @@ class Projections:
         return tuple(next(made) if group is None else torch.cat([layer(x) for layer in group], -1) for group in self.others)
 
 
-class Modulation:
-    """Shift, scale and gate [B, 1, width] that a block's norm makes of the moment's embedding [B, width]; twice where it has a feed-forward of its own."""
+class AdaLN:
+    """Shift, scale and gate [B, 1, width] that a block's norm makes of the moment's embedding [B, width] (adaLN-Zero, Peebles and Xie 2023, arXiv 2212.09748);
+    twice where it has a feed-forward of its own."""
 
     def __init__(self, norm: Any, embedding: Tensor, count: int):
         self.norm = norm.norm
