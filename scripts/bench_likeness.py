@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import click
@@ -129,7 +129,8 @@ def measure(work: Path, arm: str, name: str, seed: int, marks: list[int], scenes
 
 
 def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]]:
-    """Means over people and seeds, for each arm and number of steps; `script_at_equal_time`: its identity when ours had its own, between its marks."""
+    """Means over people and seeds, for each arm and number of steps. `over_script`: ours less the script's, training by training, with its standard error;
+    `script_at_equal_time`: its identity when ours had its own, between its marks."""
     found = []
     for mark in marks:
         for arm in ARMS:
@@ -139,19 +140,29 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
                 found.append({"arm": arm, "steps": mark, "trainings": len(chosen), **means, "worst_identity": min(row["identity"] for row in chosen)})
     theirs = [(row["seconds"], row["identity"]) for row in found if row["arm"] == PEER]
     for row in found:
+        if row["arm"] == OURS and theirs:
+            row["over_script"] = {what: differences(rows, row["steps"], what) for what in ("identity", "scene")}
         if row["arm"] == OURS and theirs and theirs[0][0] <= row["seconds"] <= theirs[-1][0]:
             row["script_at_equal_time"] = round(float(np.interp(row["seconds"], *zip(*theirs, strict=True))), 3)
     return found
 
 
+def differences(rows: list[dict[str, Any]], mark: int, what: str) -> list[float]:
+    """Mean of ours less the script's, for the same person and seed, and its standard error."""
+    ours, theirs = ({(row["person"], row["seed"]): row[what] for row in rows if row["arm"] == arm and row["steps"] == mark} for arm in (OURS, PEER))
+    found = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
+    return [round(mean(found), 4), round(stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0, 4)] if found else []
+
+
 def table(record: dict[str, Any]) -> str:
-    """The means as Markdown."""
+    """The means as Markdown; in brackets points over the script's, with a standard error."""
     lines = [
         "| steps | arm | seconds | identity | worst identity | scene | identity without the trigger | the script's identity at equal time |",
         "|---" * 8 + "|",
     ]
     for row in record["summary"]:
-        figures = [f"{row[what]:.0%}" for what in ("identity", "worst_identity", "scene", "bleed")]
+        over = {what: f" ({100 * pair[0]:+.1f} ± {100 * pair[1]:.1f})" for what, pair in row.get("over_script", {}).items() if pair}
+        figures = [f"{row[what]:.0%}{over.get(what, '')}" for what in ("identity", "worst_identity", "scene", "bleed")]
         then = f"{row['script_at_equal_time']:.0%}" if "script_at_equal_time" in row else "-"
         lines.append(f"| {row['steps']} | {row['arm']} | {row['seconds']:.0f} | {' | '.join(figures)} | {then} |")
     return "\n".join(lines)

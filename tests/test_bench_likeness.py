@@ -29,7 +29,9 @@ def test_means_are_over_people_and_seeds_and_time_is_compared():
     assert told[OURS, 100]["identity"] == pytest.approx(0.85) and told[PEER, 200]["worst_identity"] == pytest.approx(0.8)
     assert "script_at_equal_time" not in told[OURS, 100], "the script had done no mark when ours had done 100 steps"
     assert told[OURS, 200]["script_at_equal_time"] == pytest.approx(0.75 + 0.1 * 1 / 19, abs=0.001), "20 s: a nineteenth of the way from 19 s to 38 s"
-    assert bench_likeness.table({"summary": summary}).count("\n") == 5
+    assert told[OURS, 100]["over_script"] == {"identity": [pytest.approx(0.1), 0.0], "scene": [0.0, 0.0]}, "the same seeds stand beside each other"
+    table = bench_likeness.table({"summary": summary})
+    assert table.count("\n") == 5 and "| 85% (+10.0 ± 0.0) |" in table
     picture = ElementTree.fromstring(bench_likeness.plot({"summary": summary}))
     assert len(picture.findall("{*}polyline")) == 6
 
