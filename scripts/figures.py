@@ -64,7 +64,8 @@ def summary_table(mini: dict[str, Any], record: dict[str, Any], train: dict[str,
             f"| the base on {mini['descriptions']} unseen descriptions: mean attribute right, worst, all ten at once "
             f"| {sum(right.values()) / len(right):.0%}, {min(right.values()):.0%}, {mini['attributes_right']['all']:.0%} |",
             f"| one 128 px picture | {mini['seconds_a_picture']:.2f} s |",
-            f"| a training step, over that of diffusers' script: as it is; encoded ahead and compiled, ours compiled too | {step['over_as_it_is']:.2f}, {step['over_strongest']:.2f} |",
+            "| a training step, over that of diffusers' script: as it is; encoded ahead and compiled, ours compiled too "
+            f"| {step['over_as_it_is']:.2f}, {step['over_strongest']:.2f} |",
             f"| identity right after 25 steps: ours, the script's (eight people, three seeds) | {pair(25, 'identity')} |",
             f"| after 200 steps | {pair(200, 'identity')} |",
             f"| scene right after 200 steps | {pair(200, 'scene')} |",
