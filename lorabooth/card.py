@@ -95,7 +95,7 @@ def facts(run_dir: RunDir, config: TrainConfig) -> list[tuple[str, str]]:
         "learning rate": f"{config.learning_rate:g}, {chosen}"
         + (f", {config.lr_scheduler} to zero" if config.lr_scheduler != "constant" else "")
         + (f", of lora_B {config.loraplus_lr_ratio:g} times that" if config.loraplus_lr_ratio > 1 else "")
-        + (f", of CLIP {config.text_encoder_lr_ratio:g} times that" if config.train_text_encoder else ""),
+        + (f", of CLIP {config.text_encoder_lr_ratio:g} times that" if config.train_text_encoder and chosen != "prodigy" else ""),
         "averaged weights": f"EMA {config.ema_decay:g}" if config.ema_decay else "no",
         "seed": f"{config.seed}",
         "memory plan": plans[-1]["plan"] if plans else "",

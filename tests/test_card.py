@@ -75,6 +75,8 @@ def test_it_tells_what_learnt_at_which_rate(run: RunDir):
     plain, card = model_card(run, "me/tok"), model_card(changed(run, train_text_encoder=True, text_encoder_lr_ratio=0.25, loraplus_lr_ratio=4.0), "me/tok")
     assert "CLIP" not in plain and "and CLIP |" in card
     assert "| 0.02, adamw, of lora_B 4 times that, of CLIP 0.25 times that |" in card
+    one_rate = model_card(changed(run, optimizer="prodigy", loraplus_lr_ratio=1.0), "me/tok")
+    assert "| 0.02, prodigy |" in one_rate and "and CLIP |" in one_rate, "prodigy has one rate for both parts"
 
 
 def test_consent_and_likeness_stand_in_it_where_they_were_given(run: RunDir):

@@ -80,6 +80,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, form: Product, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: made, weights, biases, a and b of all layers, in this order, then what is kept in place of x -> [..., out] for each group."""
         n = form.count
         made, weights, biases, a, b = (tensors[i * n : (i + 1) * n] for i in range(5))
         rows, kept = _rows(x), tensors[5 * n :] if form.remake else (x,)
@@ -102,6 +103,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradients [..., out] of each group -> those of x, of what was made, and of a and b; the base is frozen."""
         form, n = ctx.form, ctx.form.count
         narrow, *tensors = ctx.saved_tensors
         weights, a, b, kept = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]

@@ -224,7 +224,8 @@ def norm_rope(x: Tensor, weights: tuple[Tensor, ...], lengths: tuple[int, ...], 
 
 @lru_cache(maxsize=2)
 def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions' rotation and its inverse, complex [N, 1, 1, width / 2]; the same for all blocks of a pass."""
+    """The positions' rotation and its inverse, complex [N, 1, 1, width / 2]; the same for all blocks of a pass, which hand on the
+    same two tensors (a tensor is hashed by what it is, not by what is in it)."""
     rotation = torch.complex(cos[:, ::2], sin[:, ::2])[:, None, None]
     return rotation, rotation.conj().resolve_conj()
 
@@ -234,6 +235,7 @@ class _NormRope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor, back: Tensor, eps: float, lengths: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        """As `norm_rope`, with the rotation and its inverse as from `_rotation`, and eps times the width: the weights have the width's root in them."""
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().add_(eps).rsqrt_()
         out = torch.empty_like(x, dtype=torch.float32)
         for part, place, weight in zip(x.split(lengths, 1), out.split(lengths, 1), weights, strict=True):
@@ -247,6 +249,7 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """`count` gradients [B, N, heads, width] -> that of x [B, N, count, heads, width]."""
         x, inverse, back, *weights = ctx.saved_tensors
         to_x = torch.empty_like(x, dtype=torch.float32)
         for gradient, scale, place in zip(gradients, inverse.unbind(2), to_x.unbind(2), strict=True):
