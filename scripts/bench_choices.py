@@ -6,13 +6,13 @@ row are none. Finished trainings are kept in --work.
 
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from scripts.bench_likeness import OURS, measure, mini_recipe, options, write_record
+from scripts.bench_likeness import OURS, measure, mini_recipe, options, standard_error, write_record
 
 UNCHANGED = "the recipe"
 CHOICES = (
@@ -34,7 +34,7 @@ def summary(rows: list[dict[str, Any]], choices: tuple[str, ...], marks: list[in
         for mark in marks:
             chosen = [row for row in rows if row["choice"] == choice and row["steps"] == mark]
             means = {what: round(mean(row[what] for row in chosen), 3) for what in ("identity", "scene", "bleed", "seconds")}
-            error = stdev(row["identity"] for row in chosen) / len(chosen) ** 0.5 if len(chosen) > 1 else 0.0
+            error = standard_error([row["identity"] for row in chosen])
             worst = min(row["identity"] for row in chosen)
             found.append(
                 {"choice": choice or UNCHANGED, "steps": mark, "trainings": len(chosen), **means, "identity_error": round(error, 3), "worst_identity": worst}

@@ -151,7 +151,12 @@ def differences(rows: list[dict[str, Any]], mark: int, what: str) -> list[float]
     """Mean of ours less the script's, for the same person and seed, and its standard error."""
     ours, theirs = ({(row["person"], row["seed"]): row[what] for row in rows if row["arm"] == arm and row["steps"] == mark} for arm in (OURS, PEER))
     found = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
-    return [round(mean(found), 4), round(stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0, 4)] if found else []
+    return [round(mean(found), 4), round(standard_error(found), 4)] if found else []
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean; 0 for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def table(record: dict[str, Any]) -> str:
