@@ -1,15 +1,11 @@
 """Compiled blocks in training: every shape of picture before the first step."""
 
-import math
-import random
-from dataclasses import replace
-
 import torch
 from tqdm import tqdm
 
 from lorabooth.compiled import try_compiled
 from lorabooth.sizes import blocks_of
-from train.data import CLASS_PREFIX
+from train.data import CLASS_PREFIX, counts
 from train.objective import loss_of
 from train.trainer import Trainer
 
@@ -23,14 +19,15 @@ def compile_blocks(trainer: Trainer) -> None:
 
     config, accelerator = trainer.config, trainer.accelerator
     whole = config.batch_size * accelerator.num_processes
-    expected = config.preservation_rate * whole
+    drawn = {counts(config, whole, i / 1000) for i in range(1000)}
 
     def each_shape() -> None:
         for group in tqdm(shapes, desc="compile (once, a minute or two)", unit="shape", disable=not accelerator.is_main_process):
-            # The whole batch that training will have, and this process's part of it: its size and what of it is preserved are parts of the shape.
-            batch = trainer.cache.batch((group * whole)[:whole], config, random.Random(0), trainer.part)
-            for preserved in {0} if group[0].photo.startswith(CLASS_PREFIX) else {math.floor(expected), math.ceil(expected)}:
-                loss_of(trainer, replace(batch, preserved=preserved), torch.Generator().manual_seed(0)).backward()
+            # The whole batch that training will have, and this process's part of it: its size, what of it preserves and what is swapped are parts of the shape.
+            picked = (group * whole)[:whole]
+            for preserved, swapped in {(0, 0)} if group[0].photo.startswith(CLASS_PREFIX) else drawn:
+                batch = trainer.cache.compose(picked, [item.photo for item in picked], preserved, swapped, trainer.part)
+                loss_of(trainer, batch, torch.Generator().manual_seed(0)).backward()
 
     try:
         blocks = blocks_of(trainer.transformer)

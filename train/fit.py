@@ -148,7 +148,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
     others = Sampler(prior, size, config.seed) if prior else None
-    cache = Cache(run_dir)
+    cache = Cache(run_dir, sampler.photos)
     return Trainer(run_dir, config, family, accelerator, plan, transformer, live, state, untrained, sampler, others, cache, modulation, text_encoder)
 
 
@@ -212,8 +212,10 @@ def _look_ahead(trainer: Trainer, index: int) -> None:
     first = index // WINDOW * WINDOW
     last = min(first + WINDOW, trainer.config.steps * trainer.config.gradient_accumulation)
     batches = [(batch, drawn(trainer, batch, generator)[1]) for batch, generator in (_batch(trainer, i) for i in range(first, last))]
-    pooled = torch.cat([batch.conditioning.pooled for batch, _ in batches])
-    trainer.modulation.expect(torch.cat([sigma for _, sigma in batches]), GUIDANCE_IN_TRAINING, pooled)
+    moments = [(sigma, batch.conditioning.pooled) for batch, sigma in batches]
+    moments += [(batch.asked_of(sigma), batch.base.pooled) for batch, sigma in batches if batch.base]
+    sigmas, pooled = (torch.cat(part) for part in zip(*moments, strict=True))
+    trainer.modulation.expect(sigmas, GUIDANCE_IN_TRAINING, pooled)
     trainer.modulation.window = index // WINDOW
 
 

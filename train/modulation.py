@@ -60,7 +60,9 @@ class Modulation:
     def expect(self, sigma: Tensor, guidance: float, pooled: Tensor) -> None:
         """Compute the moments sigma [M], pooled [M, P] and forget all others."""
         sigma, self.window = sigma.to(self.dtype), -1
-        self.known = {key: i for i, key in enumerate(self._keys(sigma, guidance, pooled))}
+        self.known = {}
+        for i, key in enumerate(self._keys(sigma, guidance, pooled)):
+            self.known.setdefault(key, i)  # the first, beside those of its own batch
         # As FluxTransformer2DModel.forward has it.
         time, scale = sigma.to(self.device) * 1000, torch.full((len(sigma),), guidance, device=self.device).to(self.dtype) * 1000
         embed, prompts = self.transformer.get_submodule("time_text_embed"), pooled.to(self.device, self.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorabooth import flow
 from lorabooth.device import base_dtype, sent
-from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING
+from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Conditioning
 from train.data import Batch
 from train.trainer import Trainer, evaluating, with_weights
 
@@ -28,16 +28,18 @@ def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[T
     """The noise, as the batch's latents, and the noise levels [B] that a generator draws for it.
 
     An item that preserves and its twin that learns have the same, at a high level. What both pull at cancels, and what stays is what the trigger word
-    makes; and under little noise the model sees who it is, whatever the prompt says, so that preserving teaches it to blur.
+    makes; and under little noise the model sees who it is, whatever the prompt says, so that preserving teaches it to blur. What learns under another
+    photo's caption has a high level too, where the prompt decides what is seen.
     """
 
     def levels() -> Tensor:
         return flow.sample_sigma(trainer.config.sigma_sampling, batch.whole, batch.weights.shape[1], generator)
 
     noise, sigma, count = torch.randn((batch.whole, *batch.latents.shape[1:]), generator=generator), levels(), batch.preserved
-    if count:
+    if count or batch.swapped:
+        high, swapped = torch.stack([levels() for _ in range(HIGHEST_OF)]).amax(0), batch.whole - batch.swapped
         twins = min(count, batch.whole - count)  # where less than half learn, the first have none
-        sigma[:count] = torch.stack([levels() for _ in range(HIGHEST_OF)]).amax(0)[:count]
+        sigma[:count], sigma[swapped:] = high[:count], high[swapped:]
         sigma[batch.whole - twins :] = sigma[count - twins : count]
         noise[:count] = noise[batch.whole - count :].clone()
     return noise[batch.mine], sigma[batch.mine]
@@ -46,7 +48,9 @@ def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[T
 def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
     """[B, N, 64], fp32, weighted by the photos' masks; noise as the latents, sigma [B].
 
-    Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
+    Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). Where it
+    learns under another photo's caption, the target is moved by what that caption changes in the base's prediction of the class: the trigger word shall add
+    the same to every scene. Conditions that are independent of each other add up in this way (Liu et al. 2022, arXiv 2206.01714, eq. 11).
     """
     device = trainer.accelerator.device
     x_0, noise, levels = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
@@ -54,17 +58,18 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
     ids = flow.image_ids(*batch.latents.shape[2:], device=device, dtype=x.dtype)
     target, weights = flow.velocity(x_0, noise), sent(batch.weights, device)
 
-    def predict(count: int) -> Tensor:
-        """Of the first items."""
-        few = batch.conditioning.first(count)
+    def predict(x: Tensor, sigma: Tensor, levels: Tensor, prompts: Conditioning) -> Tensor:
         if trainer.modulation:
-            trainer.modulation.show(sigma[:count], GUIDANCE_IN_TRAINING, few.pooled)
-        return trainer.family.velocity(trainer.transformer, x[:count], levels[:count], GUIDANCE_IN_TRAINING, trainer.conditioned(few), ids).float()
+            trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, prompts.pooled)
+        return trainer.family.velocity(trainer.transformer, x, levels, GUIDANCE_IN_TRAINING, trainer.conditioned(prompts), ids).float()
 
-    if batch.preserved:  # all processes, even those without such items: where they share the base's weights, none can pass alone
-        count = batch.own_preserved
+    if batch.base:  # all processes, even those without such items: where they share the base's weights, none can pass alone
         with with_weights(trainer, trainer.untrained), evaluating(trainer):
-            own = predict(max(1, count))[:count]
-        target = torch.cat([own, target[count:]])
+            own = predict(batch.asked_of(x), batch.asked_of(sigma), batch.asked_of(levels), batch.base)
+        count, learning = batch.own_preserved, len(x) - batch.own_swapped
+        there = len(own) - batch.own_swapped
+        here = there - batch.own_swapped
+        target[learning:] += own[there:] - own[here:there]
+        target = torch.cat([own[:count], target[count:]])
         weights = torch.cat([torch.ones_like(weights[:count]), weights[count:]])
-    return weights * (predict(len(x)) - target).square()
+    return weights * (predict(x, sigma, levels, batch.conditioning) - target).square()
