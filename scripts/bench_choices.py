@@ -1,7 +1,7 @@
 """What each setting of a recipe is worth, on people the mini model never saw: `python -m scripts.bench_choices`.
 
-Each row is a recipe of the mini model with one setting changed, measured as scripts/bench_likeness.py does; differences below the standard error of the
-row are none. Finished trainings are kept in --work.
+Each row is a recipe of the mini model with one setting changed, measured as scripts/bench_likeness.py does, and how far it is from the recipe as it is,
+training by training; differences below their standard error are none. Finished trainings are kept in --work.
 """
 
 import os
@@ -12,13 +12,14 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from scripts.bench_likeness import OURS, measure, mini_recipe, options, standard_error, write_record
+from scripts.bench_likeness import OURS, differences, measure, mini_recipe, options, points, write_record
 
 UNCHANGED = "the recipe"
 CHOICES = (
     "", "learning_rate=1e-3", "learning_rate=2e-3", "loraplus_lr_ratio=1", "loraplus_lr_ratio=8", "loraplus_lr_ratio=8 learning_rate=1e-3", "lora_rank=8",
     "lora_rank=32", "sigma_sampling=logit-normal", "ema_decay=0", "warmup_steps=10", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0",
     "preservation_rate=0.33", "preservation_rate=0.5", "targets=attention", "train_text_encoder=false", "text_encoder_lr_ratio=0.25",
+    "caption_swap_rate=0", "caption_swap_rate=0.5", "caption_swap_rate=0 train_text_encoder=false",
 )  # fmt: skip
 
 
@@ -28,28 +29,26 @@ def parsed(choice: str) -> dict[str, str]:
 
 
 def summary(rows: list[dict[str, Any]], choices: tuple[str, ...], marks: list[int]) -> list[dict[str, Any]]:
-    """Means over people and seeds, for each choice and number of steps, with the standard error of identity."""
+    """Means over people and seeds, for each choice and number of steps; `over_recipe`: less those of the recipe as it is, with a standard error."""
     found = []
     for choice in choices:
         for mark in marks:
-            chosen = [row for row in rows if row["choice"] == choice and row["steps"] == mark]
+            chosen, unchanged = ([row for row in rows if row["choice"] == which and row["steps"] == mark] for which in (choice, ""))
             means = {what: round(mean(row[what] for row in chosen), 3) for what in ("identity", "scene", "bleed", "seconds")}
-            error = standard_error([row["identity"] for row in chosen])
+            over = {what: differences(chosen, unchanged, what) for what in ("identity", "scene", "bleed")} if choice else {}
             worst = min(row["identity"] for row in chosen)
-            found.append(
-                {"choice": choice or UNCHANGED, "steps": mark, "trainings": len(chosen), **means, "identity_error": round(error, 3), "worst_identity": worst}
-            )
+            found.append({"choice": choice or UNCHANGED, "steps": mark, "trainings": len(chosen), **means, "worst_identity": worst, "over_recipe": over})
     return found
 
 
 def table(record: dict[str, Any]) -> str:
-    """The means as Markdown."""
+    """The means as Markdown; in brackets points over the recipe as it is, with a standard error."""
     marks = sorted({row["steps"] for row in record["summary"]})
     titles = [f"{what} at {mark}" for what in ("identity", "scene", "without the trigger") for mark in marks]
     lines = [f"| recipe | {' | '.join(titles)} | seconds |", "|---" * (len(titles) + 2) + "|"]
     for choice in dict.fromkeys(row["choice"] for row in record["summary"]):
         rows = [row for row in record["summary"] if row["choice"] == choice]
-        figures = [f"{row['identity']:.0%} ± {row['identity_error']:.0%}" for row in rows] + [f"{row[what]:.0%}" for what in ("scene", "bleed") for row in rows]
+        figures = [f"{row[what]:.0%}{points(row['over_recipe'].get(what, []))}" for what in ("identity", "scene", "bleed") for row in rows]
         lines.append(f"| {choice} | {' | '.join(figures)} | {rows[-1]['seconds']:.0f} |")
     return "\n".join(lines)
 

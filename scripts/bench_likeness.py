@@ -141,15 +141,16 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
     theirs = [(row["seconds"], row["identity"]) for row in found if row["arm"] == PEER]
     for row in found:
         if row["arm"] == OURS and theirs:
-            row["over_script"] = {what: differences(rows, row["steps"], what) for what in ("identity", "scene")}
+            ours, theirs_then = ([r for r in rows if r["arm"] == arm and r["steps"] == row["steps"]] for arm in (OURS, PEER))
+            row["over_script"] = {what: differences(ours, theirs_then, what) for what in ("identity", "scene")}
         if row["arm"] == OURS and theirs and theirs[0][0] <= row["seconds"] <= theirs[-1][0]:
             row["script_at_equal_time"] = round(float(np.interp(row["seconds"], *zip(*theirs, strict=True))), 3)
     return found
 
 
-def differences(rows: list[dict[str, Any]], mark: int, what: str) -> list[float]:
-    """Mean of ours less the script's, for the same person and seed, and its standard error."""
-    ours, theirs = ({(row["person"], row["seed"]): row[what] for row in rows if row["arm"] == arm and row["steps"] == mark} for arm in (OURS, PEER))
+def differences(rows: list[dict[str, Any]], others: list[dict[str, Any]], what: str) -> list[float]:
+    """Mean of rows less others, for the same person and seed, and its standard error; empty where they have none in common."""
+    ours, theirs = ({(row["person"], row["seed"]): row[what] for row in side} for side in (rows, others))
     found = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
     return [round(mean(found), 4), round(standard_error(found), 4)] if found else []
 
@@ -159,6 +160,11 @@ def standard_error(values: list[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def points(pair: list[float]) -> str:
+    """A difference and its standard error, in brackets; nothing for none."""
+    return f" ({100 * pair[0]:+.1f} ± {100 * pair[1]:.1f})" if pair else ""
+
+
 def table(record: dict[str, Any]) -> str:
     """The means as Markdown; in brackets points over the script's, with a standard error."""
     lines = [
@@ -166,8 +172,8 @@ def table(record: dict[str, Any]) -> str:
         "|---" * 8 + "|",
     ]
     for row in record["summary"]:
-        over = {what: f" ({100 * pair[0]:+.1f} ± {100 * pair[1]:.1f})" for what, pair in row.get("over_script", {}).items() if pair}
-        figures = [f"{row[what]:.0%}{over.get(what, '')}" for what in ("identity", "worst_identity", "scene", "bleed")]
+        over = row.get("over_script", {})
+        figures = [f"{row[what]:.0%}{points(over.get(what, []))}" for what in ("identity", "worst_identity", "scene", "bleed")]
         then = f"{row['script_at_equal_time']:.0%}" if "script_at_equal_time" in row else "-"
         lines.append(f"| {row['steps']} | {row['arm']} | {row['seconds']:.0f} | {' | '.join(figures)} | {then} |")
     return "\n".join(lines)

@@ -63,12 +63,13 @@ def test_both_arms_train_and_what_is_done_is_not_done_again(tmp_path: Path):
 
 
 def test_each_choice_is_a_row_beside_the_recipe(tmp_path: Path):
-    found = [{"choice": choice, **row} for choice in ("", "lora_rank=4") for row in rows() if row["arm"] == OURS]
+    found = [{"choice": "" if row["arm"] == OURS else "lora_rank=4", **row} for row in rows()]
     summary = bench_choices.summary(found, ("", "lora_rank=4"), [100, 200])
     assert [(row["choice"], row["steps"]) for row in summary] == [("the recipe", 100), ("the recipe", 200), ("lora_rank=4", 100), ("lora_rank=4", 200)]
-    assert summary[0]["identity"] == pytest.approx(0.85) and summary[0]["identity_error"] == pytest.approx(0.05)
+    assert summary[0]["identity"] == pytest.approx(0.85) and not summary[0]["over_recipe"]
+    assert summary[2]["over_recipe"] == {"identity": [pytest.approx(-0.1), 0.0], "scene": [0.0, 0.0], "bleed": [0.0, 0.0]}
     told = bench_choices.table({"summary": summary}).splitlines()
-    assert len(told) == 4 and all(line.count("|") == 9 for line in told), told
+    assert len(told) == 4 and all(line.count("|") == 9 for line in told) and "| 75% (-10.0 ± 0.0) |" in told[3], told
     assert bench_choices.parsed("lora_rank=4 seed=1") == {"lora_rank": "4", "seed": "1"}
 
 

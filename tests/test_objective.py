@@ -6,7 +6,6 @@ import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from lorabooth.cli import main
 from lorabooth.lora import LoraSpec
 from lorabooth.photos import Bucket, Manifest
 from lorabooth.runs import RunDir
-from train import encode, fit, objective
+from train import encode, fit
 from train.data import Cache, Item, Sampler, items
 
 SQUARE, PORTRAIT = Bucket(128, 128), Bucket(160, 96)
@@ -160,72 +159,6 @@ def test_what_a_mask_hides_is_not_in_the_loss(demo_photos: Path, tiny_command: l
             for latents in (batch.latents, other)
         ]
         assert abs(noisy[1] - noisy[0]) < 0.3 * abs(even[1] - even[0])
-
-
-# What the LoRA must leave alone
-
-
-def test_the_class_phrase_stands_where_the_trigger_stood():
-    assert encode.of_class("a TOK in a hat, TOKYO behind TOK", "TOK", "a man") == "a man in a hat, TOKYO behind a man"
-    assert encode.of_class("TOK's dog and the <x>", "<x>", r"a \1 dog") == r"TOK's dog and a \1 dog"
-
-
-@pytest.mark.parametrize("init", ["default", "pissa"])
-def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDir, init: str):
-    config = run.config.model_copy(update={"preservation_rate": 0.3, "lora_init": init, "lora_dropout": 0.1})
-    run._write_config(config)
-    encode.run(run)
-    trainer = trainer_of(run)
-    picked = trainer.sampler.batch(0)
-    batches = [trainer.cache.batch(picked, config, random.Random(seed)) for seed in range(100)]
-    assert 0.2 < sum(batch.preserved for batch in batches) / (100 * len(picked)) < 0.4
-    preserving = next(batch for batch in batches if batch.preserved)
-    assert preserving.preserved < len(picked), "the others go on learning"
-    twin = picked[len(picked) - preserving.preserved]
-    captions = load_file(run.cache / f"{twin.photo}-class.text.safetensors")["embeds"]
-    assert torch.equal(preserving.conditioning.embeds[0], captions) and preserving.photos[0] == twin.photo
-
-    trainer.transformer.eval()  # no dropout, so that a LoRA which has learned nothing is the base
-    noise, sigma = objective.drawn(trainer, preserving, torch.Generator().manual_seed(1))
-    errors = objective.squared_error(trainer, preserving, noise, sigma).mean((1, 2))
-    assert errors[: preserving.preserved].max() < 1e-6 < 1e-3 < errors[preserving.preserved :].min()
-    learned = []
-    with torch.no_grad():
-        for p in trainer.state.parameters:
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            learned.append(p.clone())
-    loss = objective.squared_error(trainer, preserving, noise, sigma)[: preserving.preserved].mean()
-    assert loss > 1e-4
-    assert all(torch.equal(p, q) for p, q in zip(trainer.state.parameters, learned, strict=True))
-    assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, trainer.state.parameters))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_what_preserves_is_the_twin_of_one_that_learns_under_much_noise(run: RunDir, count: int):
-    config = run.config.model_copy(update={"preservation_rate": 0.5, "sigma_sampling": "uniform"})
-    run._write_config(config)
-    encode.run(run)
-    trainer = trainer_of(run)
-    picked = (trainer.sampler.batch(0) * 4)[:4]
-    whole = replace(trainer.cache.batch(picked, config, random.Random(0)), preserved=count)
-    drawn = [objective.drawn(trainer, whole, torch.Generator().manual_seed(seed)) for seed in range(200)]
-    twins = min(count, 4 - count)
-    for noise, sigma in drawn:
-        assert torch.equal(noise[:count][count - twins :], noise[4 - twins :]) and torch.equal(sigma[:count][count - twins :], sigma[4 - twins :])
-        assert len(noise.flatten(1).unique(dim=0)) == 4 - twins
-    sigmas = torch.stack([sigma for _, sigma in drawn])
-    if count < 2:  # what learns without a twin has the levels of the recipe
-        assert sigmas[:, count : 4 - twins].mean() == pytest.approx(0.5, abs=0.06)
-    assert sigmas[:, :count].mean() == pytest.approx(8 / 9, abs=0.03), "the mean of the highest of eight"
-    # Two processes draw as one does, and share what preserves.
-    shares = []
-    for index in range(2):
-        part = replace(trainer, accelerator=SimpleNamespace(process_index=index, num_processes=2)).part
-        mine = replace(whole, mine=part)
-        noise, sigma = objective.drawn(trainer, mine, torch.Generator().manual_seed(0))
-        assert torch.equal(noise, drawn[0][0][part]) and torch.equal(sigma, drawn[0][1][part])
-        shares.append(mine.own_preserved)
-    assert sum(shares) == count and max(shares) - min(shares) <= 1
 
 
 def test_mirrored_photos_are_photos_of_their_own(run: RunDir):
