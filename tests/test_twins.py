@@ -110,12 +110,24 @@ def test_a_share_learns_under_the_captions_of_other_photos(run: RunDir):
     assert torch.equal(alone.conditioning.embeds[0], captions[picked[1].photo]), "a run of one photo has no other caption"
 
 
+def test_captions_are_swapped_from_a_step_on_and_nothing_else_changes_there(run: RunDir):
+    config = run.config.model_copy(update={"caption_swap_rate": 0.5, "caption_swap_after": 2, "preservation_rate": 0.5})
+    run._write_config(config)
+    encode.run(run)
+    late, never = trainer_of(run), trainer_of(run, caption_swap_rate=0.0)
+    for index in range(4):
+        batch, plain = (fit._batch(trainer, index)[0] for trainer in (late, never))
+        assert batch.swapped == (index >= 2) and batch.preserved == plain.preserved == 1 and plain.swapped == 0
+        assert batch.photos == plain.photos and torch.equal(batch.conditioning.embeds[0], plain.conditioning.embeds[0])
+        assert torch.equal(batch.conditioning.embeds, plain.conditioning.embeds) == (index < 2)
+
+
 @pytest.mark.parametrize(
     ("preservation", "swap", "size"), [(0.25, 0.25, 4), (0.25, 0.25, 1), (0.3, 0.3, 2), (0.1, 0.6, 3), (0.5, 0.9, 2), (0, 0.4, 1), (0.9, 0.9, 1)]
 )
 def test_shares_of_a_batch_are_what_the_rates_say_and_twins_where_they_are_equal(preservation: float, swap: float, size: int):
     config = TrainConfig(trigger_word="TOK", preservation_rate=preservation, caption_swap_rate=swap)
-    found = [counts(config, size, i / 1000) for i in range(1000)]
+    found = [counts(config, size, i / 1000, 0) for i in range(1000)]
     assert sum(p for p, _ in found) / (1000 * size) == pytest.approx(preservation, abs=0.01)
     assert all(p + s <= size for p, s in found)
     if preservation + swap <= 1:

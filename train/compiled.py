@@ -19,7 +19,7 @@ def compile_blocks(trainer: Trainer) -> None:
 
     config, accelerator = trainer.config, trainer.accelerator
     whole = config.batch_size * accelerator.num_processes
-    drawn = {counts(config, whole, i / 1000) for i in range(1000)}
+    drawn = {counts(config, whole, i / 1000, step) for i in range(1000) for step in (0, config.caption_swap_after)}
 
     def each_shape() -> None:
         for group in tqdm(shapes, desc="compile (once, a minute or two)", unit="shape", disable=not accelerator.is_main_process):

@@ -139,8 +139,8 @@ class Batch:
         return sum(i >= self.whole - self.swapped for i in range(self.whole)[self.mine])
 
 
-def counts(config: TrainConfig, size: int, draw: float) -> tuple[int, int]:
-    """How many items of a batch preserve, and how many get captions of other photos, by a draw from [0, 1).
+def counts(config: TrainConfig, size: int, draw: float, step: int) -> tuple[int, int]:
+    """How many items of a batch preserve, and how many get captions of other photos, by a draw from [0, 1) and the step that the batch is of.
 
     As many of each batch as the rates say, not whole batches: all kinds pull at once, and the weights swing less between them. Both follow from one draw,
     so that at equal rates each of the one kind is the twin of one of the other; but a batch of one item can be only one of them.
@@ -148,7 +148,8 @@ def counts(config: TrainConfig, size: int, draw: float) -> tuple[int, int]:
     preserved = int(config.preservation_rate * size + draw)
     if size == 1:
         draw = (draw + config.preservation_rate) % 1
-    return preserved, min(int(config.caption_swap_rate * size + draw), size - preserved)
+    swapped = int(config.caption_swap_rate * size + draw) if config.caption_swap_rate and step >= config.caption_swap_after else 0
+    return preserved, min(swapped, size - preserved)
 
 
 class Sampler:
@@ -198,17 +199,17 @@ class Cache:
         files = [self._file(text_name(s)) for s in stems]
         return Conditioning(**{name: torch.stack([file[name] for file in files]) for name in files[0]})
 
-    def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
+    def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY, step: int = 0) -> Batch:
         """The tensors of some items. A share of captions is dropped to the bare trigger; a share of items gives its place to twins of the last ones,
         with the class phrase where the trigger was; a share, the last ones, learns under captions of other photos.
 
-        mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes.
+        mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes. step: of the run.
         """
         others = picked[0].photo.startswith(CLASS_PREFIX)
         dropped = EMPTY if others else TRIGGER_ONLY
         stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
         special = not others and (config.preservation_rate or config.caption_swap_rate)
-        preserved, swapped = counts(config, len(picked), rng.random()) if special else (0, 0)
+        preserved, swapped = counts(config, len(picked), rng.random(), step) if special else (0, 0)
         for i in range(len(picked) - swapped, len(picked)):
             stems[i] = rng.choice([photo for photo in self.photos if photo != picked[i].photo] or [picked[i].photo])
         return self.compose(picked, stems, preserved, swapped, mine)

@@ -201,7 +201,8 @@ def _batch(trainer: Trainer, index: int) -> tuple[Batch, torch.Generator]:
     """This process's part of the batch with an index, and what draws its noise."""
     rng, generator = _randomness(trainer.config.seed, index)
     sampler = trainer.others if trainer.others and rng.random() < trainer.config.prior_rate else trainer.sampler
-    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, trainer.part), generator
+    step = index // trainer.config.gradient_accumulation
+    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, trainer.part, step), generator
 
 
 def _look_ahead(trainer: Trainer, index: int) -> None:
