@@ -220,10 +220,8 @@ class Cache:
         picked = picked[whole - preserved :] + picked[preserved:]
         own, part = [item.photo + CLASS_SUFFIX for item in picked], range(whole)[mine]
         first, last = [i for i in part if i < preserved], [i for i in part if i >= whole - swapped]
-        twins = [whole - preserved + i for i in first]
-        about, base = first + last, [own[i] for i in first] + [stems[i] + CLASS_SUFFIX for i in last]
-        if twins != last:
-            about, base = first + last + last, [own[i] for i in first + last] + [stems[i] + CLASS_SUFFIX for i in last]
+        asked_own = first if [whole - preserved + i for i in first] == last else first + last  # of twins both see one picture
+        about, base = asked_own + last, [own[i] for i in asked_own] + [stems[i] + CLASS_SUFFIX for i in last]
         files = [self._file(item.latents_name) for item in picked[mine]]
         latents = torch.stack([file["latents"] for file in files])
         even = torch.ones(latents[0, 0].numel() // 4, 1)  # an image token is 2 x 2 cells
