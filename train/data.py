@@ -119,10 +119,10 @@ class Batch:
     swapped: int
     """How many items of the whole, the last ones, learn under the caption of another photo."""
     asked: tuple[int, ...]
-    """The items of this part that the base is asked about: the preserved ones, whose twins have the own captions of the swapped ones (else these), then the
-    swapped ones. Where a part has neither and the whole has, the first, for nothing."""
+    """The items of this part that the base is asked about: those that preserve; the swapped ones for the captions of their photos, unless they are the twins
+    of the first, for which it says the same; the swapped ones for the captions they learn under. In a part that has neither the first item, for nothing."""
     base: Conditioning | None
-    """What it is asked for, with the class phrase: the caption of the photo; of the swapped ones the caption they learn under. None for a plain batch."""
+    """The captions it is asked about them, with the class phrase; None where the whole batch has neither."""
 
     def asked_of(self, rows: Tensor) -> Tensor:
         """Of a tensor with a row for each item, those of `asked`; without an index on the device, which would have to be sent there."""
