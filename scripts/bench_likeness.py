@@ -141,8 +141,8 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
     theirs = [(row["seconds"], row["identity"]) for row in found if row["arm"] == PEER]
     for row in found:
         if row["arm"] == OURS and theirs:
-            ours, theirs_then = ([r for r in rows if r["arm"] == arm and r["steps"] == row["steps"]] for arm in (OURS, PEER))
-            row["over_script"] = {what: differences(ours, theirs_then, what) for what in ("identity", "scene")}
+            sides = [[other for other in rows if other["arm"] == arm and other["steps"] == row["steps"]] for arm in (OURS, PEER)]
+            row["over_script"] = {what: differences(*sides, what) for what in ("identity", "scene")}
         if row["arm"] == OURS and theirs and theirs[0][0] <= row["seconds"] <= theirs[-1][0]:
             row["script_at_equal_time"] = round(float(np.interp(row["seconds"], *zip(*theirs, strict=True))), 3)
     return found
@@ -150,8 +150,8 @@ def summary(rows: list[dict[str, Any]], marks: list[int]) -> list[dict[str, Any]
 
 def differences(rows: list[dict[str, Any]], others: list[dict[str, Any]], what: str) -> list[float]:
     """Mean of rows less others, for the same person and seed, and its standard error; empty where they have none in common."""
-    ours, theirs = ({(row["person"], row["seed"]): row[what] for row in side} for side in (rows, others))
-    found = [ours[key] - theirs[key] for key in ours.keys() & theirs.keys()]
+    first, second = ({(row["person"], row["seed"]): row[what] for row in side} for side in (rows, others))
+    found = [first[key] - second[key] for key in first.keys() & second.keys()]
     return [round(mean(found), 4), round(standard_error(found), 4)] if found else []
 
 

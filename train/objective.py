@@ -50,7 +50,7 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
 
     Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). Where it
     learns under another photo's caption, the target is moved by what that caption changes in the base's prediction of the class: the trigger word shall add
-    the same to every scene. Conditions that are independent of each other add up in this way (Liu et al. 2022, arXiv 2206.01714, eq. 11).
+    the same to every scene. Conditions that are independent of each other add up in this way (conjunction in Liu et al. 2022, arXiv 2206.01714).
     """
     device = trainer.accelerator.device
     x_0, noise, levels = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
