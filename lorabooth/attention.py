@@ -3,7 +3,9 @@
 torch has several for one product, and which of them is fast, and right, changes with its version, cuDNN's and the GPU.
 """
 
+import atexit
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +67,18 @@ def choose_kernel(px: int, family: Flux1, device: torch.device) -> str:
 
 
 def use(backend: SDPBackend) -> None:
-    """Have torch take this kernel in this process, and the plain product only where it cannot."""
-    torch.backends.cuda.enable_cudnn_sdp(backend == SDPBackend.CUDNN_ATTENTION)
-    torch.backends.cuda.enable_flash_sdp(backend == SDPBackend.FLASH_ATTENTION)
-    torch.backends.cuda.enable_mem_efficient_sdp(backend == SDPBackend.EFFICIENT_ATTENTION)
+    """Have torch take this kernel in this process, and another only where it cannot.
+
+    The VAE has one head of 512 values, and of the fast kernels only the memory-efficient one takes more than 256: the plain product would hold gigabytes
+    for a large picture.
+    """
+    order = list(dict.fromkeys((backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
+    _in_use.close()
+    _in_use.enter_context(sdpa_kernel(order, set_priority=True))
+
+
+_in_use = ExitStack()
+atexit.register(_in_use.close)
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int) -> list[Tensor]:

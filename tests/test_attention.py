@@ -1,9 +1,11 @@
 """The choice of an attention kernel: by what it computes first, by its speed second."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lorabooth import attention
 from lorabooth.attention import Trial, fastest, trials
@@ -42,6 +44,24 @@ def test_the_recipe_and_the_base_say_what_is_tried(monkeypatch: pytest.MonkeyPat
     assert [backend.name.lower() for backend in used] == [name] and name in ("flash_attention", "math")
     monkeypatch.setattr(attention, "trials", lambda *_: [])
     assert attention.choose_kernel(1024, load_family("mini"), CPU) == "torch's own choice" and len(used) == 1
+
+
+@pytest.fixture
+def torchs_own() -> Iterator[list[int]]:
+    """What torch would take first, without a choice; and the choice undone."""
+    yield torch._C._get_sdp_priority_order()
+    attention._in_use.close()
+
+
+@pytest.mark.parametrize("backend", attention.CANDIDATES)
+def test_the_chosen_kernel_comes_first_and_the_vaes_wide_head_has_one_too(backend: SDPBackend, torchs_own: list[int]):
+    for other in attention.CANDIDATES:  # which is forgotten
+        attention.use(other)
+    attention.use(backend)
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    assert _cur_sdpa_kernel_backends(with_priority=True) == list(dict.fromkeys((backend, efficient, SDPBackend.MATH)))
+    attention._in_use.close()
+    assert torch._C._get_sdp_priority_order() == torchs_own and set(attention.CANDIDATES) < set(_cur_sdpa_kernel_backends(with_priority=True))
 
 
 @pytest.mark.gpu
