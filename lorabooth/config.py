@@ -196,6 +196,11 @@ class TrainConfig(BaseModel):
         return () if self.trackers == "none" else tuple(self.trackers.split(","))
 
     @property
+    def asks_base(self) -> bool:
+        """Whether training asks the base what it makes of the class phrase."""
+        return bool(self.preservation_rate or self.caption_swap_rate)
+
+    @property
     def alpha(self) -> int:
         """LoRA alpha; the rank unless set."""
         return self.lora_alpha or self.lora_rank

@@ -12,8 +12,8 @@ def compute_device() -> torch.device:
 
 
 def base_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on CUDA; fp32 on the CPU, where bf16 is slow on most machines and fp32 makes runs repeatable to the bit."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """bf16, but fp32 on the CPU, where bf16 is slow on most machines and fp32 makes runs repeatable to the bit."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

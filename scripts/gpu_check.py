@@ -40,7 +40,7 @@ from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
 from train.compiled import compile_blocks
-from train.data import EMPTY, TRIGGER_ONLY, items, stem, text_name
+from train.data import CLASS_SUFFIX, EMPTY, TRIGGER_ONLY, items, stem, text_name
 from train.plan import MemoryPlan, choose, wanted
 from train.planning import HOST_SHARE, plans_for, shapes_of
 
@@ -96,7 +96,7 @@ def write_run(folder: Path, family: Flux1, size: Size, dtype: torch.dtype, case:
     run.cache.mkdir()
     for item in items(manifest, config):
         save_file({"latents": sampling.noise(0, item.bucket.width_px, item.bucket.height_px)[0]}, run.cache / item.latents_name)
-    for name in (stem(PHOTO), TRIGGER_ONLY, EMPTY):
+    for name in (stem(PHOTO), stem(PHOTO) + CLASS_SUFFIX, TRIGGER_ONLY, EMPTY):
         text = random_conditioning(size, dtype)
         save_file({"embeds": text.embeds[0], "pooled": text.pooled[0]}, run.cache / text_name(name))
     return run

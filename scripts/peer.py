@@ -47,7 +47,8 @@ class Peer:
 
     def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU):
         self.family, self.batch, self.device, self.dtype = family, batch, device, base_dtype(device)
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
+        # All is made where it belongs.
+        self.accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision="no" if device.type == "cpu" else "bf16")
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.plain = family.transformer(device, self.dtype)
         self.parameters = LoraSpec(settings["lora_rank"], settings["lora_rank"], settings["targets"]).attach(self.plain, seed=0)

@@ -208,8 +208,7 @@ class Cache:
         others = picked[0].photo.startswith(CLASS_PREFIX)
         dropped = EMPTY if others else TRIGGER_ONLY
         stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
-        special = not others and (config.preservation_rate or config.caption_swap_rate)
-        preserved, swapped = counts(config, len(picked), rng.random(), step) if special else (0, 0)
+        preserved, swapped = counts(config, len(picked), rng.random(), step) if config.asks_base and not others else (0, 0)
         for i in range(len(picked) - swapped, len(picked)):
             stems[i] = rng.choice([photo for photo in self.photos if photo != picked[i].photo] or [picked[i].photo])
         return self.compose(picked, stems, preserved, swapped, mine)

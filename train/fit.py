@@ -135,14 +135,15 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         p.data = p.data.to(dtype)
     if not (config.lora_dropout or config.use_dora):
         for module in trained:
-            lean(module, remake=device.type == "cuda")
+            lean(module, remake=device.type != "cpu")
     if plan.shards > 1:
         shard(transformer)
     start_plan(transformer, plan, device, random=config.lora_dropout > 0)
     for module in trained:
         module.train()
     name = optimizers.chosen(config, device)
-    ema, untrained = ([p.detach().clone() for p in parameters] for _ in range(2))
+    ema = [p.detach().clone() for p in parameters]
+    untrained = [p.detach().clone() for p in live] if config.asks_base else []
     state = TrainState(0, parameters, ema, optimizers.build(name, dict(zip(names, parameters, strict=True)), config), name)
     # A step takes one batch from the sampler, and each process its part of it.
     size = config.batch_size * accelerator.num_processes

@@ -95,12 +95,12 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     tokens = config.batch_size * max(_tokens(shapes, px) for px in config.resolutions_px)
     items = {
         "base": ((resident + modulation) / plan.shards + slots) * each + shapes.rest * wide,
-        # Live in the base's precision with gradients; in fp32: master copy, its gradient, averaged weights, the start.
         "text encoder": shapes.text_encoder * wide,
-        "LoRA": shapes.lora * (2 * wide + 4 * 4 if wide == 2 else 4 * 4),
+        # In the base's precision: live, their gradients, the start where the base is asked; in fp32: master copy, its gradient, averaged weights.
+        "LoRA": shapes.lora * ((2 * wide if wide == 2 else 0) + 3 * 4 + (wide if config.asks_base else 0)),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
-        "block at work": tokens * 2 * (WORKSPACE * shapes.width + (_widths(plan, shapes, config)[0] * shapes.width if plan.recomputed else 0)),
+        "block at work": tokens * 2 * WORKSPACE * shapes.width,
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
@@ -144,12 +144,12 @@ def _widths(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> tuple[floa
 
 
 def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
-    """Values kept for the backward pass for each token, by all blocks; the first blocks are those that recompute."""
-    total, widths, ranks = 0.0, _widths(plan, shapes, config), SAVED_RANKS[_targets(shapes, config)]
-    for i in range(len(shapes.blocks)):
-        single = i >= shapes.double
-        total += shapes.width if i < plan.recomputed else widths[single] * shapes.width + ranks[single] * config.lora_rank
-    return total
+    """Values kept for the backward pass for each token, when there are most: after the forward pass, or when all that is left are the first blocks, which
+    recompute, and one of them has."""
+    widths, ranks = _widths(plan, shapes, config), SAVED_RANKS[_targets(shapes, config)]
+    inputs = plan.recomputed * shapes.width
+    others = sum(widths[i >= shapes.double] * shapes.width + ranks[i >= shapes.double] * config.lora_rank for i in range(plan.recomputed, len(shapes.blocks)))
+    return inputs + max(others, widths[0] * shapes.width if plan.recomputed else 0.0)
 
 
 def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed, px: int) -> float:

@@ -37,7 +37,7 @@ class Trainer:
     """The LoRA's weights that the transformer computes with; those of the state, rounded."""
     state: TrainState
     untrained: list[Tensor]
-    """The LoRA's weights at its start, with which the model is the base."""
+    """The live weights at their start, with which the model is the base; empty where the recipe does not ask it."""
     sampler: Sampler
     others: Sampler | None
     """Of the photos of others, where the recipe has a prior_rate."""
