@@ -116,12 +116,12 @@ def counting() -> Iterator[Counted]:
         yield as_on_a_gpu.enter_context(Counted())
 
 
-def peak(make: Callable[[], Callable[[], Any]], steps: int = 2) -> int:
-    """The most bytes at any time of some steps; in the first the optimiser has no state yet."""
+def peak(make: Callable[[], Callable[[], Any]]) -> int:
+    """The most bytes at any time of two steps; in the first the optimiser has no state yet."""
     with counting() as counted:
         step = make()
         counted.peak = counted.now  # the model was made in fp32, which no GPU sees
-        for _ in range(steps):
+        for _ in range(2):
             step()
     return counted.peak
 
