@@ -14,6 +14,7 @@ from scripts.bench_likeness import OURS, PEER
 from scripts.bench_likeness import table as curve_table
 from scripts.bench_startup import table as startup_table
 from scripts.bench_train import table as training_table
+from scripts.count_memory import table as memory_table
 
 RESULTS = Path("benchmarks/results")
 
@@ -87,7 +88,8 @@ def main() -> None:
     mini, likeness, *beside = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("mini", "likeness", "train", "likeness_curve"))
     insert(Path("README.md"), {"summary": summary_table(mini, likeness, *beside)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
-    tables = {"likeness_curve": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table, "startup": startup_table}
+    tables = {"likeness_curve": curve_table, "likeness_long": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table}
+    tables |= {"memory": memory_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
     insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), **written})
 
