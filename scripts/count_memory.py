@@ -2,8 +2,8 @@
 
 On torch's meta device a tensor has a shape and no values. The step is train/fit.py's own, beside diffusers' script's (scripts/peer.py, photos and captions
 encoded ahead), and every tensor's bytes are counted while it lives: weights, optimiser, activations, gradients, temporaries. Not counted, in either: what
-the allocator cannot use and libraries' workspaces (the reserve in train/plan.py). Autocast, which the script has and which makes some tensors wider, does
-nothing on this device, so that the script is counted too low. Nothing is compiled: what the compiler fuses is not known before there is code for a GPU.
+the allocator cannot use and libraries' workspaces (the reserve in train/plan.py). Autocast, which the script has and which makes some tensors wider, is left
+out, so that the script is counted too low. Nothing is compiled: what the compiler fuses is not known before there is code for a GPU.
 """
 
 import json

@@ -48,7 +48,8 @@ class Peer:
     def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU):
         self.family, self.batch, self.device, self.dtype = family, batch, device, base_dtype(device)
         # All is made where it belongs.
-        self.accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision="no" if device.type == "cpu" else "bf16")
+        on_gpu = device.type == "cuda"
+        self.accelerator = Accelerator(cpu=not on_gpu, device_placement=False, mixed_precision="bf16" if on_gpu else "no")
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.plain = family.transformer(device, self.dtype)
         self.parameters = LoraSpec(settings["lora_rank"], settings["lora_rank"], settings["targets"]).attach(self.plain, seed=0)
