@@ -59,6 +59,7 @@ def choose_kernel(px: int, family: Flux1, device: torch.device) -> str:
     """Try the kernels on a square picture of that side and have torch use the fastest that is right; its name."""
     transformer = family.config("transformer")
     tokens = family.text_tokens + (px // BUCKET_MULTIPLE_PX) ** 2
+    _in_use.close()
     backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens))
     if backend is None:
         return "torch's own choice"
@@ -72,12 +73,19 @@ def use(backend: SDPBackend) -> None:
     The VAE has one head of 512 values, and of the fast kernels only the memory-efficient one takes more than 256: the plain product would hold gigabytes
     for a large picture.
     """
-    order = list(dict.fromkeys((backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
+    order = list(dict.fromkeys((backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)))
     _in_use.close()
     _in_use.enter_context(sdpa_kernel(order, set_priority=True))
+    _in_use.callback(_names.clear)
+    _names.append(backend.name.lower())
 
 
-_in_use = ExitStack()
+def in_use() -> str:
+    """The name of the kernel that comes first; "any" where none was chosen."""
+    return _names[0] if _names else "any"
+
+
+_in_use, _names = ExitStack(), list[str]()
 atexit.register(_in_use.close)
 
 

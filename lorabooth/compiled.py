@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorabooth.attention import in_use
 from lorabooth.notes import note
 
 
@@ -15,8 +16,9 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
 
     dynamic: whether pictures have several shapes; None: seen when the second comes. otherwise: what goes on without, as the line names it.
     """
-    # What is compiled is kept on the disk between starts, and not in a folder of /tmp.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled"
+    # What is compiled is kept on the disk between starts, and not in a folder of /tmp. The attention kernel is in it, and torch finds it again whichever
+    # is chosen by then, so each has a folder of its own.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     for block in blocks:
         block.compile(dynamic=dynamic)

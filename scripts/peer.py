@@ -47,7 +47,7 @@ class Peer:
 
     def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU):
         self.family, self.batch, self.device, self.dtype = family, batch, device, base_dtype(device)
-        # All is made where it belongs.
+        # device_placement: everything is on the device already.
         on_gpu = device.type == "cuda"
         self.accelerator = Accelerator(cpu=not on_gpu, device_placement=False, mixed_precision="bf16" if on_gpu else "no")
         self.scheduler = FlowMatchEulerDiscreteScheduler()

@@ -58,15 +58,17 @@ def test_the_chosen_kernel_comes_first_and_the_vaes_wide_head_has_one_too(backen
     for other in attention.CANDIDATES:  # which is forgotten
         attention.use(other)
     attention.use(backend)
-    efficient = SDPBackend.EFFICIENT_ATTENTION
-    assert _cur_sdpa_kernel_backends(with_priority=True) == list(dict.fromkeys((backend, efficient, SDPBackend.MATH)))
+    others = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    assert _cur_sdpa_kernel_backends(with_priority=True) == list(dict.fromkeys((backend, *others)))
+    assert attention.in_use() == backend.name.lower()
     attention._in_use.close()
+    assert attention.in_use() == "any"
     assert torch._C._get_sdp_priority_order() == torchs_own and set(attention.CANDIDATES) < set(_cur_sdpa_kernel_backends(with_priority=True))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_one_is_found_and_used():
+def test_on_a_gpu_one_is_found_and_used(torchs_own: list[int]):
     backend = fastest(trials(torch.device("cuda"), torch.bfloat16, heads=24, width=128, tokens=1536))
     assert backend is not None
     attention.use(backend)
-    assert torch.backends.cuda.flash_sdp_enabled() == (backend == SDPBackend.FLASH_ATTENTION)
+    assert _cur_sdpa_kernel_backends(with_priority=True)[0] == backend

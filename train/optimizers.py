@@ -50,7 +50,7 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lion8bit": _bitsandbytes("Lion8bit"),
     "lion": _bitsandbytes("Lion"),
     "prodigy": _prodigy,
-    "adagrad": torch.optim.Adagrad,
+    "adagrad": partial(torch.optim.Adagrad, foreach=False),  # all at once it would hold two copies of every gradient
     "adafactor": torch.optim.Adafactor,
 }
 

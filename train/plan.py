@@ -35,6 +35,8 @@ WORTH_STEPS = 200
 """Below this many steps compiling takes longer than it saves."""
 WORKSPACE = 12.0
 """Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
+FP8_WORKSPACE = 16.0
+"""What fp8 products hold besides: their input in fp32, before and after it is scaled, of up to five widths."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,19 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "LoRA": shapes.lora * ((2 * wide if wide == 2 else 0) + 3 * 4 + (wide if config.asks_base else 0)),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
-        "block at work": tokens * 2 * WORKSPACE * shapes.width,
+        "block at work": tokens * 2 * (WORKSPACE + (FP8_WORKSPACE if plan.precision == "fp8" else 0)) * shapes.width,
+        "modulation ahead": _ahead(shapes, config) * wide if plan.precomputed else 0.0,
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
     host = sum(swapped) * each + (shapes.modulation * wide if plan.precomputed else 0)
     seconds = sum(_seconds(plan, shapes, config, speed, px) for px in config.resolutions_px) / len(config.resolutions_px)
     return Estimate(plan, items, host, seconds)
+
+
+def _ahead(shapes: Shapes, config: TrainConfig) -> float:
+    """Values that are computed ahead: what the modulation's linears make of each photo of a window, and of what the base is asked."""
+    return WINDOW * config.batch_size * (1 + config.asks_base) * shapes.modulation / shapes.width
 
 
 def optimizer_bytes(name: str) -> float:
