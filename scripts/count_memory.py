@@ -44,7 +44,7 @@ PRECISIONS = ("bf16", "int8")
 RECOMPUTED = {"nothing": 0.0, "half of the blocks": 0.5, "all blocks": 1.0}
 
 
-class Shapes(RandomFlux):
+class Weightless(RandomFlux):
     """A FLUX.1 without weights."""
 
     def transformer(self, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -103,7 +103,7 @@ class FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Count what is made inside. Attention, RMS norms and AdamW are the fused kernels of a GPU, which keep less than the single operators that
+    """Count what is made inside. Attention, RMS norms and our AdamW are the fused kernels of a GPU, which keep less than the single operators that
     this device would take."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
@@ -126,8 +126,10 @@ def peak(make: Callable[[], Callable[[], Any]]) -> int:
     return counted.peak
 
 
-def our_step(family: Shapes, size: Size, folder: Path, px: int, settings: dict[str, Any], plan: MemoryPlan) -> tuple[Callable[[], Callable[[], Any]], float]:
-    """How to make ours by a plan, and the bytes that the plan expects, without its reserve."""
+def our_step(
+    family: Weightless, size: Size, folder: Path, px: int, settings: dict[str, Any], plan: MemoryPlan
+) -> tuple[Callable[[], Callable[[], Any]], float]:
+    """How to make ours by a plan, and the bytes that the plan expects, without its reserve. What a plan has in host memory is on this device, too."""
     run = write_run(folder, family, size, torch.bfloat16, Case("count", px, settings | {"compile_blocks": False}))
     expected = estimate(plan, shapes_of(run.config, family), run.config, ASSUMED)
     here = cast(Accelerator, SimpleNamespace(device=META, num_processes=1, process_index=0, is_main_process=True))
@@ -139,7 +141,7 @@ def our_step(family: Shapes, size: Size, folder: Path, px: int, settings: dict[s
     return make, expected.bytes - expected.items["reserve"]
 
 
-def script_step(family: Shapes, size: Size, px: int, settings: dict[str, Any], recompute: bool) -> Callable[[], Callable[[], Any]]:
+def script_step(family: Weightless, size: Size, px: int, settings: dict[str, Any], recompute: bool) -> Callable[[], Callable[[], Any]]:
     """How to make the script's. recompute: its --gradient_checkpointing."""
     count, one, side = settings["batch_size"], random_conditioning(size, torch.bfloat16), px // 8
 
@@ -154,7 +156,7 @@ def script_step(family: Shapes, size: Size, px: int, settings: dict[str, Any], r
     return make
 
 
-def rows(family: Shapes, size: Size, folder: Path, sides: list[int], batches: list[int]) -> list[dict[str, Any]]:
+def rows(family: Weightless, size: Size, folder: Path, sides: list[int], batches: list[int]) -> list[dict[str, Any]]:
     """Every setting: GB counted for ours, what the plan expects, and GB counted for the script, where it has the setting."""
     blocks = len(blocks_of(family.empty_transformer()))
     asked = [(px, batch, precision, what) for px in sides for batch in batches for precision in PRECISIONS for what in RECOMPUTED]
@@ -191,7 +193,7 @@ def main(out: Path, sides: str, batches: str) -> None:
       python -m scripts.count_memory --px 1024 --batch-size 1
     """
     with tempfile.TemporaryDirectory() as folder:
-        family = Shapes(write_model(Path(folder) / "model", DEV).model)
+        family = Weightless(write_model(Path(folder) / "model", DEV).model)
         found = rows(family, DEV, Path(folder), *([int(n) for n in numbers.split(",")] for numbers in (sides, batches)))
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine_record(0.0), "model": DEV.name, "settings": SETTINGS, "rows": found}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The choice of an attention kernel: by what it computes first, by its speed second."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lorabooth import attention
 from lorabooth.attention import Trial, fastest, trials
+from lorabooth.compiled import try_compiled
 from lorabooth.families import load_family
 
 CPU = torch.device("cpu")
@@ -64,6 +67,17 @@ def test_the_chosen_kernel_comes_first_and_the_vaes_wide_head_has_one_too(backen
     attention._in_use.close()
     assert attention.in_use() == "any"
     assert torch._C._get_sdp_priority_order() == torchs_own and set(attention.CANDIDATES) < set(_cur_sdpa_kernel_backends(with_priority=True))
+
+
+def test_compiled_code_has_a_folder_for_each_kernel(torchs_own: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for chosen in (lambda: None, lambda: attention.use(SDPBackend.FLASH_ATTENTION)):
+        chosen()
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        assert try_compiled([], None, lambda: None, "this test")
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).relative_to(tmp_path))
+    assert folders == [Path("lorabooth/compiled/any"), Path("lorabooth/compiled/flash_attention")]
 
 
 @pytest.mark.gpu

@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from infer import plan as serving
-from lorabooth import flow
+from lorabooth import flow, quantized
+from lorabooth.sizes import BaseSizes
 from scripts import count_memory
 from scripts.bench_train import SETTINGS
-from scripts.count_memory import META, Shapes, counting, our_step, peak, script_step
+from scripts.count_memory import META, Weightless, counting, our_step, peak, script_step
 from scripts.random_flux import DEV, TINY, random_conditioning, write_model
 from train.plan import MemoryPlan
 
@@ -21,8 +22,8 @@ ONE = SETTINGS | {"batch_size": 1}
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    return Shapes(write_model(tmp_path_factory.mktemp("shallow"), SHALLOW).model)
+def family(tmp_path_factory: pytest.TempPathFactory) -> Weightless:
+    return Weightless(write_model(tmp_path_factory.mktemp("shallow"), SHALLOW).model)
 
 
 def test_what_lives_together_is_counted_once_and_no_longer_than_it_lives():
@@ -49,18 +50,33 @@ def test_what_lives_together_is_counted_once_and_no_longer_than_it_lives():
         ({}, MemoryPlan("int8", 6, 0, False)),
     ],
 )  # fmt: skip
-def test_a_plan_expects_what_a_step_takes(family: Shapes, tmp_path: Path, changes: dict[str, Any], plan: MemoryPlan):
+def test_a_plan_expects_what_a_step_takes(family: Weightless, tmp_path: Path, changes: dict[str, Any], plan: MemoryPlan):
     make, planned = our_step(family, SHALLOW, tmp_path / "run", 1024, ONE | changes | {"precision": plan.precision}, plan)
     assert 0.99 < planned / peak(make) < 1.12
 
 
-def test_a_step_takes_less_than_the_scripts(family: Shapes, tmp_path: Path):
+def test_a_plan_expects_the_copies_of_fp8_products(family: Weightless, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quantized, "multiplies_fp8", lambda _: True)
+    settings = ONE | {"batch_size": 4, "precision": "fp8"}
+    make, planned = our_step(family, SHALLOW, tmp_path / "run", 1024, settings, MemoryPlan("fp8", 6, 0, False))
+    assert 0.99 < planned / peak(make) < 1.12
+
+
+def test_a_plan_expects_what_the_modulation_makes_ahead(family: Weightless, tmp_path: Path):
+    plans = [MemoryPlan("bf16", 6, 0, ahead) for ahead in (False, True)]
+    made = [our_step(family, SHALLOW, tmp_path / str(i), 512, ONE | {"batch_size": 4}, plan) for i, plan in enumerate(plans)]
+    here, ahead = (peak(make) for make, _ in made)
+    linears = 2 * BaseSizes.count(family.empty_transformer(), SHALLOW.text_tokens).modulation  # which are in host memory
+    assert made[1][1] - made[0][1] + linears == pytest.approx(ahead - here, rel=0.05)
+
+
+def test_a_step_takes_less_than_the_scripts(family: Weightless, tmp_path: Path):
     make, _ = our_step(family, SHALLOW, tmp_path / "run", 1024, ONE, MemoryPlan("bf16", 0, 0, False))
     assert peak(make) < 0.9 * peak(script_step(family, SHALLOW, 1024, ONE, recompute=False))
 
 
 def test_the_table_has_every_setting(tmp_path: Path):
-    found = count_memory.rows(Shapes(write_model(tmp_path / "model", TINY).model), TINY, tmp_path, [64], [1])
+    found = count_memory.rows(Weightless(write_model(tmp_path / "model", TINY).model), TINY, tmp_path, [64], [1])
     assert len(count_memory.table({"rows": found}).splitlines()) == 2 + len(found) == 8
     assert [("script" in row) for row in found] == [True, False, True, False, False, False]
 
@@ -68,7 +84,7 @@ def test_the_table_has_every_setting(tmp_path: Path):
 # What generating takes (infer/plan.py)
 
 
-def test_a_serving_plan_expects_what_a_pass_takes(family: Shapes):
+def test_a_serving_plan_expects_what_a_pass_takes(family: Weightless):
     one, tokens = random_conditioning(SHALLOW, torch.bfloat16), 512 + 64**2
     with counting() as counted, torch.no_grad():
         transformer = family.transformer(META, torch.bfloat16)
@@ -79,7 +95,7 @@ def test_a_serving_plan_expects_what_a_pass_takes(family: Shapes):
 
 
 @pytest.mark.parametrize("px", [512, 1440])
-def test_a_serving_plan_expects_what_decoding_takes_and_room_for_convolutions(family: Shapes, px: int):
+def test_a_serving_plan_expects_what_decoding_takes_and_room_for_convolutions(family: Weightless, px: int):
     with counting() as counted, torch.no_grad():
         with META:
             vae = AutoencoderKL.from_config(family.config("vae")).bfloat16()

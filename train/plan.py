@@ -155,9 +155,8 @@ def _saved(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> float:
     """Values kept for the backward pass for each token, when there are most: after the forward pass, or when all that is left are the first blocks, which
     recompute, and one of them has."""
     widths, ranks = _widths(plan, shapes, config), SAVED_RANKS[_targets(shapes, config)]
-    inputs = plan.recomputed * shapes.width
-    others = sum(widths[i >= shapes.double] * shapes.width + ranks[i >= shapes.double] * config.lora_rank for i in range(plan.recomputed, len(shapes.blocks)))
-    return inputs + max(others, widths[0] * shapes.width if plan.recomputed else 0.0)
+    kept = [widths[i >= shapes.double] * shapes.width + ranks[i >= shapes.double] * config.lora_rank for i in range(len(shapes.blocks))]
+    return plan.recomputed * shapes.width + max(sum(kept[plan.recomputed :]), kept[0] if plan.recomputed else 0.0)
 
 
 def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed, px: int) -> float:
