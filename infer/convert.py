@@ -25,7 +25,7 @@ from lorabooth.lora import sorted_header
 from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, additions
 from lorabooth.notes import note
-from lorabooth.runs import RunDir, write_durable
+from lorabooth.runs import RunDir, write_new
 
 STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 """Precisions by safetensors' names."""
@@ -81,7 +81,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
         raise UserError(f"the new file would not make the same picture: it differs by {apart:.1f} of 255 on average", hint="use --dtype fp32")
     else:
         note(f"a picture with it differs by {apart:.2f} of 255 on average from one with {'the LoRA' if len(choices) == 1 else 'those LoRAs'}")
-    write_durable(file, data)
+    write_new(file, data)
     reduction = f"; rank {rank} keeps all but {lost:.2%} of the change" if rank else ""
     click.echo(f"{len(wanted.transformer) + len(wanted.clip)} layers, read again: they differ by at most {far:.1e}{reduction}", err=True)
     click.echo(str(file))

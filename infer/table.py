@@ -21,7 +21,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[st
     """Lines of aligned columns; those whose heads are in `right` end at the right. A row of two cells is a name and a remark across all other columns."""
     whole = [[cut(cell, CELL_CHARACTERS * (1 + (len(row) < len(head)))) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in whole if i == 0 or len(row) == len(head)) for i in range(len(head))]
-    room = (shutil.get_terminal_size().columns if sys.stdout.isatty() else CELL_CHARACTERS * len(head)) - len(GAP) * (len(head) - 1)
+    room = (shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else CELL_CHARACTERS * len(head)) - len(GAP) * (len(head) - 1)
     while sum(widths) > room and max(widths) > NARROWEST:
         widths[widths.index(max(widths))] -= 1
     lines = []

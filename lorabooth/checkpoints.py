@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorabooth.config import TrainConfig
+from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.hub import display_name, public_recipe
 from lorabooth.lora import CLIP_MODULE, CLIP_PREFIX, LoraSpec, clip_tensors, save_lora, since, tensors
@@ -22,9 +23,15 @@ def verified(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         whole = "optimizer" in record and all(sha256_file(folder / name) == digest for name, digest in record["sha256"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
+
+
+def check_shapes(folder: Path, weights: list[Tensor], parameters: list[Tensor]) -> None:
+    """Refuse weights from checkpoints in `folder` that were made with another recipe."""
+    if [t.shape for t in weights] != [t.shape for t in parameters]:
+        raise UserError(f"{folder} is of a run with another recipe", hint="delete that folder, then run the same command again")
 
 
 def folders(run: RunDir) -> list[Path]:
@@ -35,7 +42,7 @@ def folders(run: RunDir) -> list[Path]:
 def named(run: RunDir, weights: list[Tensor]) -> dict[str, Tensor]:
     """The weights of a checkpoint, in the order they were attached in, by their file keys; as a LoRA of the untouched base."""
     config = run.config
-    state = _by_key(config, weights)
+    state = _by_key(run, weights)
     return since(load_file(run.lora_start), state) if config.lora_init == "pissa" else state
 
 
@@ -65,8 +72,8 @@ def save_as_lora(run: RunDir, folder: Path, file: Path, raw: bool = False) -> bo
     return True
 
 
-def _by_key(config: TrainConfig, weights: list[Tensor]) -> dict[str, Tensor]:
-    family = load_family(config.model)
+def _by_key(run: RunDir, weights: list[Tensor]) -> dict[str, Tensor]:
+    config, family = run.config, load_family(run.config.model)
     # Skeletons on the meta device turn numbers into names. They have no weights that a start could be taken from.
     spec, transformer = replace(LoraSpec.of(config), init="default"), family.empty_transformer()
     parameters = spec.attach(transformer, config.seed)
@@ -76,6 +83,7 @@ def _by_key(config: TrainConfig, weights: list[Tensor]) -> dict[str, Tensor]:
         parameters += spec.attach_clip(text_encoder, config.seed)
         keys += clip_tensors(text_encoder)
         by_name |= {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): p for name, p in text_encoder.named_parameters()}
+    check_shapes(run.checkpoints, weights, parameters)
     weight_of = {id(p): w for p, w in zip(parameters, weights, strict=True)}
     return {key: weight_of[id(by_name[_parameter_name(key)])] for key in keys}
 

@@ -59,6 +59,9 @@ MACHINE_FAILURES = {
     errno.EISDIR: ("this is a folder, not a file", "give a file"),
     errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one with --out FOLDER"),
     errno.EROFS: ("the disk is read-only", "choose a place that you may write to"),
+    errno.EFBIG: ("a file grew larger than the disk or ulimit -f allows", "raise that limit or use another disk, then run the command again"),
+    errno.EIO: ("the disk cannot be read or written", "see whether it is whole, then run the same command again to go on"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096), then run the same command again to go on"),
 }
 
 EXIT_USER_ERROR = 2
@@ -146,7 +149,8 @@ def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> i
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each start which kernels a CPU would like to have
     try:
         code = work(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is caught
+        if sys.stdout:  # None where it was closed before the start
+            sys.stdout.flush()  # here, where a closed pipe is caught
         return code or 0
     except UserError as error:
         return _fail(f"lorabooth: {error.message}", error.hint)

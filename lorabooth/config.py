@@ -4,13 +4,15 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 """
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lorabooth.errors import UserError
+from lorabooth.reading import read_limited
 
 Target = Literal["attention", "attention+ff", "all-linear"]
 Optimizer = Literal["auto", "adamw8bit", "adamw", "adam8bit", "adam", "lion8bit", "lion", "prodigy", "adagrad", "adafactor"]
@@ -52,7 +54,7 @@ class TrainConfig(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, le=1000, description="Batches a step: their gradients are averaged before the optimiser moves.")
     resolution: str = Field("512,768,1024", description="Side lengths in px whose square is the area to train at; several by commas.")
     lora_rank: int = Field(16, ge=1, le=256, description="Rank of the LoRA.")
-    lora_alpha: int | None = Field(None, ge=1, description="Strength of the LoRA is alpha / rank; default: the rank.")
+    lora_alpha: int | None = Field(None, ge=1, le=65_536, description="Strength of the LoRA is alpha / rank; default: the rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that a training step leaves out.")
     use_rslora: bool = Field(False, description="Strength alpha / sqrt(rank) instead of alpha / rank, which keeps high ranks from fading.")
     use_dora: bool = Field(False, description="Learn the length of each weight row apart from its direction (DoRA): slower, and not every program reads it.")
@@ -100,7 +102,7 @@ class TrainConfig(BaseModel):
     horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of the optimiser.")
+    weight_decay: float = Field(1e-4, ge=0, le=10, description="Weight decay of the optimiser.")
     loraplus_lr_ratio: float = Field(1.0, ge=1, le=64, description="How many times faster the LoRA's second matrices (B) learn than the first (LoRA+).")
     precision: Precision = Field("auto", description="Precision of the frozen base: auto, bf16, int8, fp8 or nf4. auto is the fastest that fits.")
     gradient_checkpointing: str = Field(
@@ -126,13 +128,22 @@ class TrainConfig(BaseModel):
     hf_repo_id: str = Field("", description="Repository of the Hugging Face hub that the LoRA is pushed to when it is trained, owner/name; default: none.")
     hf_private: bool = Field(False, description="Make that repository private, where it is new.")
 
-    @field_validator("trigger_word")
+    @field_validator("*", mode="before")
     @classmethod
-    def _one_line(cls, value: str) -> str:
+    def _text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes on bytes that are not UTF-8
+                raise ValueError("must be text in UTF-8")
+        return value
+
+    @field_validator("trigger_word", "class_phrase")
+    @classmethod
+    def _one_line(cls, value: str, field: ValidationInfo) -> str:
+        example = "TOK" if field.field_name == "trigger_word" else "a person"
         if not value.strip() or not value.isprintable():
-            raise ValueError("must be visible text on one line, such as TOK")
+            raise ValueError(f"must be visible text on one line, such as {example}")
         if "[trigger]" in value:
-            raise ValueError("must be a word of your own, such as TOK: [trigger] is what stands for it in prompts and captions")
+            raise ValueError(f"must be a word of your own, such as {example}: [trigger] is what stands for the trigger word in prompts and captions")
         return " ".join(value.split())
 
     @model_validator(mode="before")
@@ -210,6 +221,11 @@ class TrainConfig(BaseModel):
         return self.model_dump(mode="json", exclude=set(PUBLISHING))
 
 
+MAX_RECIPE_BYTES = 1 << 20
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def load_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
     """The recipe file (YAML) with `values` over it; values of None are left to the recipe or the default.
 
@@ -234,17 +250,36 @@ def explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not name:  # of several settings together
         return reason
-    return f"{name}: {reason[0].lower()}{reason[1:]} (got {first['input']!r})"
+    return f"{name}: {reason[0].lower()}{reason[1:]} (got {_SHORT.repr(first['input'])})"
+
+
+class _Recipe(yaml.SafeLoader):
+    """YAML as people mean it: numbers and dates are text until a setting takes them (YAML 1.1 reads 1:30 as 90 and 0512 as 330), no name stands twice,
+    and there are no aliases, which could stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"a recipe has no aliases (*{self.peek_event().anchor})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} stands in it twice")
+        return super().construct_mapping(node, deep)
+
+
+_Recipe.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}", hint="shipped recipes are in configs/, such as configs/person.yaml") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a recipe", hint="shipped recipes are in configs/, such as configs/person.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(read_limited(path, MAX_RECIPE_BYTES).decode(), _Recipe)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} must hold settings as 'name: value' lines")

@@ -52,7 +52,10 @@ def needed(config: TrainConfig) -> bool:
 def recorded(run_dir: RunDir) -> Consent | None:
     """The consent of a run; None where it needed none."""
     record = run_dir.read_json("consent.json")
-    return Consent(**record) if record else None
+    try:
+        return Consent(**record) if record else None
+    except TypeError:
+        raise UserError(f"{run_dir.path / 'consent.json'} is damaged", hint="delete that file, then run the same command again with --consent") from None
 
 
 def record(run_dir: RunDir, consent: Consent | None) -> None:

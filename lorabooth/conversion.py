@@ -43,13 +43,16 @@ def written(found: Additions, layout: Layout, form: str, dtype: torch.dtype) -> 
     clip = {"lora_te1_text_model_" + re.sub(r"^text_model\.", "", module).replace(".", "_"): one for module, one in found.clip.items()}
     result |= _tensors(clip, ("lora_down.weight", "lora_up.weight", "dora_scale"), dtype)
     with_alpha = clip | (named if form == "kohya" else {})
-    return result | {f"{name}.alpha": torch.tensor(float(len(one.down))).to(dtype) for name, one in with_alpha.items()}
+    return result | {f"{name}.alpha": torch.tensor(float(max(1, len(one.down)))).to(dtype) for name, one in with_alpha.items()}
 
 
 def _tensors(named: Mapping[str, LowRank], ends: tuple[str, str, str], dtype: torch.dtype) -> dict[str, Tensor]:
     found = {}
     for name, one in named.items():
-        found[f"{name}.{ends[0]}"], found[f"{name}.{ends[1]}"] = one.down.to(dtype).contiguous(), one.up.to(dtype).contiguous()
+        down, up = one.down, one.up
+        if not len(down):  # a layer that changes nothing: programs want a rank of one at least
+            down, up = torch.zeros(1, down.shape[1]), torch.zeros(len(up), 1)
+        found[f"{name}.{ends[0]}"], found[f"{name}.{ends[1]}"] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
         if one.magnitude is not None:
             scale = one.magnitude[:, None] if ends[2] == "dora_scale" else one.magnitude
             found[f"{name}.{ends[2]}"] = scale.to(dtype).contiguous()
@@ -122,7 +125,10 @@ def reduced(found: Additions, rank: int) -> tuple[Additions, float]:
         if one.magnitude is not None:
             raise UserError("the rank of a DoRA cannot be reduced: its scales depend on the whole change", hint="leave out --rank")
         (q_up, r_up), (q_down, r_down) = torch.linalg.qr(one.up), torch.linalg.qr(one.down.T)
-        left, values, right = torch.linalg.svd(r_up @ r_down.T)
+        core = r_up @ r_down.T
+        if not torch.isfinite(core).all():
+            raise UserError("the rank of this LoRA cannot be reduced: its numbers are too large", hint="leave out --rank")
+        left, values, right = torch.linalg.svd(core)
         whole += float(values.square().sum())
         lost += float(values[rank:].square().sum())
         root = values[:rank].sqrt()

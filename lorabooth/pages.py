@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
+from lorabooth.notes import note
+
 
 def page(package: str, template: str, **values: Any) -> str:
     """A page from a template beside the modules of a package. What strangers wrote may be in `values`: all of it is escaped."""
@@ -17,10 +19,14 @@ def page(package: str, template: str, **values: Any) -> str:
 
 
 def thumbnail(file: Path, px: int, form: str = "WEBP") -> str:
-    """A picture as a data URI of that format, the longer side at most `px` long."""
-    with Image.open(file) as image:
-        image.draft("RGB", (px, px))
-        small = ImageOps.contain(image.convert("RGB"), (px, px)) if max(image.size) > px else image.convert("RGB")
+    """A picture as a data URI of that format, the longer side at most `px` long; "" and a note where it is damaged."""
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (px, px))
+            small = ImageOps.contain(image.convert("RGB"), (px, px)) if max(image.size) > px else image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # the second for a PNG whose parts are broken
+        note(f"{file} cannot be shown: {error}")
+        return ""
     out = io.BytesIO()
     small.save(out, form, quality=85)
     return f"data:image/{form.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

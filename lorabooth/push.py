@@ -54,7 +54,7 @@ class Push:
         try:
             record = run_dir.read_json(RECORD)
             return cls(**record | {"earlier": tuple(record.get("earlier", ()))}) if record else None
-        except (ValueError, TypeError, AttributeError):
+        except (UserError, TypeError, AttributeError):
             raise UserError(f"{run_dir.path / RECORD} is damaged", hint="remove it, and name the repository: lorabooth push RUN OWNER/NAME --force") from None
 
     @classmethod

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.notes import note
 
 
 def write_durable(path: Path, data: bytes, new: bool = False) -> None:
@@ -26,6 +27,16 @@ def write_durable(path: Path, data: bytes, new: bool = False) -> None:
     """
     with durable_file(path, new) as file:
         file.write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """The same for a result of the user's: where it is there already, that will do; a UserError where something else is."""
+    try:
+        write_durable(path, data, new=True)
+    except FileExistsError:
+        if not path.is_file() or path.read_bytes() != data:
+            raise UserError(f"there is another {path} already", hint="name another file with --out; nothing is overwritten") from None
+        note(f"{path} is there already, the same")
 
 
 @contextmanager
@@ -156,10 +167,16 @@ class RunDir:
         """A durable JSON file in the run folder."""
         write_durable(self.path / name, json.dumps(value, indent=1).encode())
 
-    def read_json(self, name: str) -> Any:
-        """The value of a JSON file in the run folder; None where it does not exist."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What a JSON file in the run folder holds, by name; None where it does not exist, a UserError where it is damaged."""
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        with suppress(ValueError):
+            content = json.loads(file.read_bytes())
+            if isinstance(content, dict):
+                return content
+        raise UserError(f"{file} is damaged", hint="delete that file, then run the same command again")
 
     def log(self, **values: float | int | str) -> None:
         """Append one line to metrics.jsonl. A line torn by a kill is skipped by `history`."""
@@ -169,16 +186,15 @@ class RunDir:
             file.write((b"\n" if torn else b"") + json.dumps(values).encode() + b"\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """All metrics; where a resumed run wrote a step twice, the later line counts."""
+        """All metrics, without lines that are damaged; where a resumed run wrote a step twice, the later line counts."""
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
+            for line in self.metrics.read_bytes().splitlines():
+                with suppress(ValueError):
                     row = json.loads(line)
-                except ValueError:
-                    continue
-                rows[(row.get("event", "step"), row.get("step", 0))] = row
-        return sorted(rows.values(), key=lambda row: row.get("step", 0))
+                    if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("loss", 0.0), float | int):
+                        rows[(str(row.get("event", "step")), row["step"])] = row
+        return sorted(rows.values(), key=lambda row: int(row["step"]))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

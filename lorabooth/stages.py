@@ -6,12 +6,13 @@ stages in this process, since importing torch and diffusers costs more than the 
 
 import importlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -45,8 +46,25 @@ def _timed(name: str, run_dir: RunDir) -> Iterator[None]:
     try:
         yield
     finally:
-        times = run_dir.read_json("timings.json") or {}
+        times = seconds_of(run_dir)
         run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
+
+
+def seconds_of(run_dir: RunDir) -> dict[str, float]:
+    """What each stage of a run has taken so far. Nobody depends on it: where it is damaged it begins anew."""
+    with suppress(UserError):
+        return {name: float(value) for name, value in (run_dir.read_json("timings.json") or {}).items() if isinstance(value, float | int)}
+    return {}
+
+
+def check_launch(launch: str) -> None:
+    """Refuse a --launch that cannot start anything, before the photos are read."""
+    try:
+        words = shlex.split(launch)
+    except ValueError:
+        raise UserError(f"--launch {launch}: a quote in it is not closed", hint="it must be a command, such as 'accelerate launch'") from None
+    if words and not shutil.which(words[0]):
+        raise UserError(f"--launch {launch}: there is no command {words[0]}", hint="it must be one that is installed, such as 'accelerate launch'")
 
 
 def _run(name: str, run_dir: RunDir, launch: str) -> None:

@@ -103,9 +103,9 @@ def test_a_missing_or_bad_trigger_is_refused_before_anything_is_written(demo_pho
     [
         ("learning_rat: 0.1\n", "did you mean 'learning_rate'"),
         ("steps: [\n", "is not valid YAML"),
-        ("steps: 0\n", "steps: should be greater than or equal to 1 (got 0)"),
+        ("steps: 0\n", "steps: should be greater than or equal to 1 (got '0')"),
         ("- steps\n", "'name: value' lines"),
-        ("7: 3\n", "recipe.yaml"),
+        ("7: 3\n", "unknown setting '7'"),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_is_written(recipe: str, words: str, demo_photos: Path, tmp_path: Path, refused: Refused):

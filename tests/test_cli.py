@@ -4,9 +4,12 @@ import errno
 import importlib.util
 import json
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -14,6 +17,7 @@ import pytest
 
 from lorabooth import cli
 from lorabooth.errors import UserError
+from lorabooth.runs import write_durable
 
 HEAVY = ("torch", "diffusers", "transformers", "pydantic", "huggingface_hub")
 
@@ -165,6 +169,27 @@ def test_a_closed_pipe_is_no_traceback():
     said = process.stderr.read()
     process.wait(timeout=60)
     assert said == ""
+
+
+@pytest.mark.parametrize("command", [["--help"], ["loras"]])
+def test_an_output_that_was_closed_before_the_start_is_no_traceback(command: list[str], tmp_path: Path):
+    arguments = shlex.join([sys.executable, "-m", "lorabooth", *command])
+    done = subprocess.run(["sh", "-c", f"{arguments} >&-"], stderr=subprocess.PIPE, text=True, timeout=120, env=os.environ | {"HF_HOME": str(tmp_path)})
+    assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+
+
+def test_a_file_that_may_not_grow_is_one_sentence(capsys):
+    def work(arguments: list[str]) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            write_durable(Path(arguments[0]), bytes(2000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert cli.guarded(work, [f"{folder}/large"]) == 2 and not os.listdir(folder)
+    assert capsys.readouterr().err.startswith("lorabooth: a file grew larger than the disk or ulimit -f allows\n  raise that limit")
 
 
 def test_other_entry_points_are_guarded_too(capsys):

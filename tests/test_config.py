@@ -164,11 +164,30 @@ def test_there_are_shipped_recipes():
 
 @pytest.mark.parametrize(
     "content",
-    ["steps: [\n", "- steps\n", "just words\n", "", "\tsteps: 3\n", b"\xff\xfe\x00", b"steps: \x00\n", "1: 2\n", "true: 3\n", "a: " + "[" * 5000],
-    ids=["open bracket", "list", "words", "empty", "tab", "not UTF-8", "NUL", "number as name", "truth as name", "deep"],
-)
+    [
+        "steps: [\n", "- steps\n", "just words\n", "", "\tsteps: 3\n", b"\xff\xfe\x00", b"steps: \x00\n", "1: 2\n", "true: 3\n", "a: " + "[" * 5000,
+        "steps: 2020-13-45\n", "steps: !!timestamp 2020-13-99\n", "steps: !!int abc\n", "x: !!timestamp q\n", "steps: " + "9" * 5000, "steps: 0x" + "f" * 9000,
+        "steps: &a [1]\nseed: *a\n", "steps: 3\nsteps: 4\n", "steps: 1:30\n", "#" * (1 << 20), '"\\ud800": 1\n', 'trigger_word: "\\ud800"\n',
+    ],
+    ids=[
+        "open bracket", "list", "words", "empty", "tab", "not UTF-8", "NUL", "number as name", "truth as name", "deep", "no date", "no timestamp", "no number",
+        "no timestamp either", "long number", "long hexadecimal", "alias", "twice", "base 60", "too large", "half a character as name", "half a character",
+    ],
+)  # fmt: skip
 def test_a_broken_recipe_file_is_one_sentence(tmp_path: Path, content: str | bytes):
-    refusal(yaml_file(tmp_path, content))
+    assert len(refusal(yaml_file(tmp_path, content), **({"trigger_word": None} if "trigger" in str(content) else {}))) < 1000
+
+
+def test_numbers_in_yaml_are_those_that_people_mean(tmp_path: Path):
+    recipe = yaml_file(tmp_path, "resolution: 0512\nlearning_rate: 1e-3\nsteps: 1_000\nlora_alpha: null\nhorizontal_flip: yes\ntrigger_word: 2020-01-01\n")
+    config = load_config(recipe, {})
+    assert (config.resolutions_px, config.learning_rate, config.steps, config.lora_alpha) == ((512,), 1e-3, 1000, None)
+    assert config.horizontal_flip and config.trigger_word == "2020-01-01"
+
+
+@pytest.mark.parametrize("name", ["trigger_word", "class_phrase", "autocaption_prefix", "wandb_run", "caption_model", "preview_prompts"])
+def test_text_that_is_not_utf8_is_one_sentence(name: str):
+    assert refusal(**{name: ["\udcff"] if name == "preview_prompts" else "\udcff"}).startswith(f"{name}: must be text in UTF-8")
 
 
 def test_a_recipe_that_is_missing_or_a_folder_is_named(tmp_path: Path):

@@ -115,6 +115,14 @@ def test_what_shares_its_down_keeps_its_rank(tmp_path: Path):
     assert difference(Additions(shared, {}, ()), again(Additions(shared, {}, ()), "kohya", torch.float32, tmp_path)) < 1e-5
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_that_change_nothing_are_written_and_read(form: str, tmp_path: Path):
+    found = drawn(MODULES, [2])
+    nothing = {name: LowRank(one.down[:0], one.up[:, :0]) for name, one in list(found.transformer.items())[::3]}
+    for some in (found.transformer | nothing, {name: LowRank(one.down[:0], one.up[:, :0]) for name, one in found.transformer.items()}):
+        assert difference(Additions(some, {}, ()), again(Additions(some, {}, ()), form, torch.float32, tmp_path)) < 1e-5
+
+
 def test_merging_and_reducing_are_what_the_matrices_say():
     first, second = drawn(MODULES[:3], [3], 1), drawn(MODULES[1:5], [2], 2)
     both = merged([(first, 0.7), (second, -0.4)])
@@ -197,10 +205,15 @@ def test_mistakes_are_one_sentence_and_leave_no_file(tiny_run: Path, tmp_path: P
     huge = tmp_path / "huge.safetensors"
     big = {name: t * 1e6 for name, t in written(drawn(MODULES[:2], [2]), LAYOUT, "diffusers", torch.float32).items()}
     save_file(big, huge, {"lorabooth.base": "mini"})
+    vast = tmp_path / "vast.safetensors"
+    save_file({name: t * 1e31 for name, t in big.items()}, vast, {"lorabooth.base": "mini"})
     for command, words in (
         (["convert", str(tmp_path / "none.safetensors"), "--format", "kohya"], "no LoRA at"),
         (["convert", str(huge), "--format", "kohya", "--dtype", "fp16", "--out", str(tmp_path / "x.safetensors")], "not finite"),
         (["convert", str(tiny_run), "--format", "kohya", "--out", str(tmp_path / "x.pt")], "must end in .safetensors"),
+        (["convert", str(vast), "--format", "kohya", "--rank", "1", "--out", str(tmp_path / "x.safetensors")], "its numbers are too large"),
+        (["convert", str(tiny_run), "--format", "kohya", "--out", str(huge)], "there is another"),
+        (["export", str(tiny_run), "--format", "diffusers", "--out", str(tiny_run / "lora.safetensors")], "there is another"),
         (["export", str(tmp_path), "--format", "kohya"], "is not a lorabooth run"),
         (["convert", str(tiny_run), "--format", "kohya", "--rank", "0"], "--rank"),
     ):

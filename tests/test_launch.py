@@ -51,7 +51,9 @@ def test_a_sigterm_to_the_command_reaches_both_and_is_saved(tiny_command: list[s
 
 def test_a_launcher_that_is_not_there_is_named(tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*tiny_command, "--launch", "nosuchthing -n 2", "--out", str(tmp_path / "run")]) == 2
-    assert "--launch nosuchthing -n 2: No such file or directory" in capsys.readouterr().err
+    assert "--launch nosuchthing -n 2: there is no command nosuchthing" in capsys.readouterr().err
+    assert main([*tiny_command, "--launch", "'accelerate launch", "--out", str(tmp_path / "run")]) == 2
+    assert "a quote in it is not closed" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "machines", "kind"), [("ddp", 1, "MULTI_GPU"), ("fsdp2", 1, "FSDP"), ("two_nodes", 2, "MULTI_GPU")])

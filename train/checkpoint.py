@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lorabooth.checkpoints import folders, verified
+from lorabooth.checkpoints import check_shapes, folders, verified
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
 
@@ -34,7 +34,12 @@ class TrainState:
 
 
 def save_checkpoint(run: RunDir, state: TrainState) -> None:
-    """Write the state durably, then drop all but the newest checkpoints."""
+    """Write the state durably, then drop all but the newest checkpoints. A UserError where its numbers have ceased to be any: what is there is kept."""
+    if not torch.stack([torch.isfinite(t).all() for t in (*state.parameters, *state.ema)]).all():
+        raise UserError(
+            f"the LoRA's weights are not finite after step {state.step}; training stopped, the last checkpoint is kept",
+            hint="start a new run with a lower --learning-rate or --weight-decay",
+        )
     folder = run.checkpoints / f"step-{state.step:06d}"
     if verified(folder):
         return
@@ -74,6 +79,7 @@ def load_checkpoint(run: RunDir, state: TrainState) -> None:
                 hint="go on with it on a machine of the same kind, or start a new run with --out FOLDER",
             )
         lora, ema, moments = (load_file(folder / f"{name}.safetensors") for name in ("lora", "ema", "optimizer"))
+        check_shapes(folder, [lora[str(i)] for i in range(len(lora))], state.parameters)
         with torch.no_grad():
             for i, (parameter, average) in enumerate(zip(state.parameters, state.ema, strict=True)):
                 parameter.copy_(lora[str(i)])

@@ -83,6 +83,7 @@ def train(
     Example, without a GPU, on the mini model:
       lorabooth train photos.zip --trigger TOK --model mini
     """
+    stages.check_launch(launch)
     values["preview_prompts"] = values["preview_prompts"] or None
     if wandb_api_key:  # as in the hosted trainer, the key is what switches wandb on
         os.environ["WANDB_API_KEY"] = wandb_api_key

@@ -97,7 +97,8 @@ def metadata(run_dir: RunDir) -> dict[str, str]:
 def thumbnail(run_dir: RunDir) -> dict[str, str]:
     """The last preview of the first prompt, for programs that show a LoRA by its picture; nothing where there are no previews."""
     file = run_dir.samples / f"step-{run_dir.config.steps:06d}-0.png"
-    return {"modelspec.thumbnail": pages.thumbnail(file, THUMBNAIL_PX, "JPEG")} if file.exists() else {}
+    picture = pages.thumbnail(file, THUMBNAIL_PX, "JPEG") if file.exists() else ""
+    return {"modelspec.thumbnail": picture} if picture else {}
 
 
 def trained_at(run_dir: RunDir) -> datetime:

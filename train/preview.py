@@ -9,7 +9,7 @@ from torch import Tensor
 from lorabooth import sampling
 from lorabooth.device import base_dtype
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
-from lorabooth.runs import publish
+from lorabooth.runs import durable_file
 from train.encode import preview_stem
 from train.trackers import log_pictures
 from train.trainer import Trainer, averaged
@@ -39,9 +39,8 @@ def preview(trainer: Trainer) -> None:
     pictures = _decoded(trainer, torch.cat(latents))
     log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})
     for i, picture in enumerate(pictures):
-        part = run_dir.samples / f".{i}.part.png"
-        picture.save(part)
-        publish(part, run_dir.samples / f"step-{trainer.state.step:06d}-{i}.png")
+        with durable_file(run_dir.samples / f"step-{trainer.state.step:06d}-{i}.png") as file:
+            picture.save(file, "PNG")
 
 
 def _decoded(trainer: Trainer, latents: Tensor) -> list[Image.Image]:

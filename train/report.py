@@ -10,6 +10,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.pages import page, thumbnail
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
+from lorabooth.stages import seconds_of
 
 COLUMNS, PHOTOS = 10, 60
 """Steps whose previews are shown, and photos: a page of a thousand opens in no browser."""
@@ -46,7 +47,9 @@ def write(run: RunDir) -> Path:
 def generate_command(run: RunDir) -> str:
     """What to type next. A base in a local folder must be named: the LoRA does not carry its path."""
     model = f" --model {shlex.quote(run.config.model)}" if Path(run.config.model).expanduser().is_dir() else ""
-    return f'lorabooth generate "a portrait of {run.config.trigger_word}" --lora {shlex.quote(str(run.path))}{model}'
+    prompt = f"a portrait of {run.config.trigger_word}"
+    quoted = f'"{prompt}"' if re.fullmatch(r"[\w ,.-]+", prompt) else shlex.quote(prompt)  # as most people write it, where that says the same
+    return f"lorabooth generate {quoted} --lora {shlex.quote(str(run.path))}{model}"
 
 
 def facts(run: RunDir) -> list[tuple[str, str]]:
@@ -54,7 +57,7 @@ def facts(run: RunDir) -> list[tuple[str, str]]:
     sessions = [row for row in run.history() if row.get("event") == "plan"]
     found = [("plan" if not row.get("step") else f"plan from step {row['step']}", str(row["plan"])) for row in sessions]
     found += [(name, str(sessions[-1][name])) for name in ("device", "torch", "lorabooth") if sessions and name in sessions[-1]]
-    seconds: dict[str, float] = run.read_json("timings.json") or {}
+    seconds = seconds_of(run)
     found += [(f"time of {stage}", duration(value)) for stage, value in seconds.items()]
     return found + ([("a step, all in all", f"{seconds['fit'] / run.config.steps:.2f} s")] if "fit" in seconds else [])
 
