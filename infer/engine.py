@@ -99,6 +99,7 @@ class Engine:
         """How the engine computes, as far as pictures depend on it: plain JSON for their making."""
         found: dict[str, Any] = {"precision": self.base.plan.precision}
         found |= {"cache": self.settings.cache} if self.settings.cache != "off" else {}
+        found |= {"fast": True} if self.settings.fast else {}
         return found
 
     def read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...] = ()) -> None:

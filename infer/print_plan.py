@@ -17,6 +17,8 @@ from lorabooth.speed import measured
 def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_options: PictureOptions) -> None:
     """Print the plan for pictures of a base on this machine's GPU, or on one of that size."""
     family = family_to_plan(model)
+    if vram_gb is None and compute_device().type == "cpu":
+        raise click.UsageError("torch finds no CUDA GPU here; say how much memory the GPU has with --vram-gb 24")
     request = picture_options.request("a picture", 0, 1, family.native_px)
     settings, steps = replace(settings, pixels=request.width_px * request.height_px), steps_of(request)
     found = plans(family, settings, compute_device(), vram_gb * GB if vram_gb else None, steps)

@@ -79,6 +79,7 @@ class Record(_Part):
     source: SourceRecord | None = None
     precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] | None = None
     cache: Literal["off", "balanced", "max"] = "off"
+    fast: bool = False
     detail: DetailRecord | None = None
     likeness: LikenessRecord | None = None
     output_quality: int = Field(default=80, ge=0, le=100)

@@ -57,7 +57,7 @@ def make_again(
     with prepared(file.parent):
         pass  # seen before the work that it can be written
     base, precision = model or confirmed(record.model, "this picture was made"), record.precision if record.precision != "fp32" else None
-    engine = Engine(base, Settings(precision or "auto", cache=record.cache))
+    engine = Engine(base, Settings(precision or "auto", fast=record.fast, cache=record.cache))
     with tqdm(total=steps_of(request), desc="reproduce", unit="step") as bar:
         [output] = engine.generate(request, choices, advancing(bar))
     made = output.image

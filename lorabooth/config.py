@@ -23,8 +23,8 @@ LrScheduler = Literal["constant", "linear", "cosine"]
 LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Subject = Literal["person", "object", "style"]
 Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
-PUBLISHING = ("hf_repo_id", "hf_private")
-"""Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on."""
+NOT_RECIPE = ("hf_repo_id", "hf_private", "trackers", "wandb_project", "wandb_run", "wandb_entity")
+"""Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on, and its figures go elsewhere."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
 """Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
@@ -191,9 +191,9 @@ class TrainConfig(BaseModel):
         if self.blocks_to_swap and self.gradient_checkpointing not in ("auto", "all"):
             raise ValueError("blocks_to_swap needs gradient_checkpointing auto or all: a swapped block's weights are gone when its backward pass wants them")
         if self.train_text_encoder and self.precompute_modulation:
-            raise ValueError("precompute_modulation needs the pooled prompts ahead, and train_text_encoder changes them at each step; choose one of them")
+            raise ValueError("precompute_modulation needs the pooled prompts ahead, and train_text_encoder changes them at each step; set one of them to false")
         if self.loraplus_lr_ratio > 1 and self.optimizer == "prodigy":
-            raise ValueError("loraplus_lr_ratio wants two learning rates, and prodigy finds one for all; choose one of them")
+            raise ValueError("loraplus_lr_ratio wants two learning rates, and prodigy finds one for all; set it to 1 (as the default is, but for mini)")
         return self
 
     @property
@@ -218,7 +218,7 @@ class TrainConfig(BaseModel):
 
     def recipe(self) -> dict[str, Any]:
         """What is trained and how, as plain JSON types."""
-        return self.model_dump(mode="json", exclude=set(PUBLISHING))
+        return self.model_dump(mode="json", exclude=set(NOT_RECIPE))
 
 
 MAX_RECIPE_BYTES = 1 << 20

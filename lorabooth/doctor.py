@@ -17,8 +17,8 @@ GIB = 1024**3
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_DEV_DOWNLOAD_BYTES = 34 * 10**9
 """Transformer 23.8 GB, T5 9.5 GB, CLIP and VAE 0.4 GB in bf16."""
-FLUX_DEV_TRAIN_BYTES = 30 * GIB
-"""Training in bf16: the frozen transformer (22.2 GiB), adapter and optimiser, activations, and CUDA's own share."""
+FLUX_DEV_TRAIN_BYTES = 15 * GIB // 2
+"""What a card of 8 GB has: the lightest plan (train/plan.py) trains 512 px on it."""
 RUN_BYTES = 2 * 10**9
 """A run's photos, caches, checkpoints and previews, with room to spare."""
 
@@ -161,7 +161,7 @@ def abilities(facts: machine.Machine, models: dict[str, str]) -> list[str]:
     """What this machine can do, in sentences."""
     can = ["train and use the mini model (--model mini) on the CPU, in minutes"] if models["mini"] == "present" else []
     able = [gpu for gpu in facts.torch.gpus if gpu.bf16 and gpu.total_bytes >= FLUX_DEV_TRAIN_BYTES]
-    return can + [f"train FLUX.1-dev in bf16 on {gpu.name}" for gpu in able]
+    return can + [f"train FLUX.1-dev on {gpu.name} (lorabooth plan says how it fits)" for gpu in able]
 
 
 def report_lines(findings: dict[str, Any]) -> list[str]:
@@ -180,7 +180,7 @@ def report_lines(findings: dict[str, Any]) -> list[str]:
     ]
     lines += ["", "This machine can", *[f"  {sentence}" for sentence in findings["can"]]]
     if not any("FLUX.1-dev" in sentence for sentence in findings["can"]):
-        lines.append(f"  not train FLUX.1-dev in bf16: that needs a CUDA GPU with compute capability 8.0 and about {_gib(FLUX_DEV_TRAIN_BYTES)}")
+        lines.append(f"  not train FLUX.1-dev: that needs a CUDA GPU with compute capability 8.0 and about {_gib(FLUX_DEV_TRAIN_BYTES)}")
     lines += ["", "Problems" if findings["problems"] else "No problems found."]
     return lines + [f"  {problem['what']}\n    -> {problem['fix']}" for problem in findings["problems"]]
 

@@ -68,14 +68,22 @@ class Manifest:
     """Name of a file and why it is not used, as the end of a sentence about it; each is among the notes too."""
 
     def to_jsonl(self) -> str:
-        """A line with the notes, then a line a photo."""
-        return "".join(json.dumps(line) + "\n" for line in ({"notes": self.notes, "left_out": self.left_out}, *map(asdict, self.photos)))
+        """A line with the notes and how many photos there are, then a line a photo."""
+        head = {"count": len(self.photos), "notes": self.notes, "left_out": self.left_out}
+        return "".join(json.dumps(line) + "\n" for line in (head, *map(asdict, self.photos)))
 
     @classmethod
     def from_jsonl(cls, text: str) -> "Manifest":
-        """What `to_jsonl` wrote. Raises ValueError, TypeError or KeyError on anything else."""
+        """What `to_jsonl` wrote. Raises ValueError, TypeError, AttributeError or KeyError on anything else."""
         head, *rows = map(json.loads, text.splitlines() or [""])
+        if head.get("count", len(rows)) != len(rows):  # lines are gone; a run of an earlier version has no count
+            raise ValueError(f"{len(rows)} photos of {head['count']}")
         return cls(tuple(Photo(**row) for row in rows), tuple(head["notes"]), tuple((name, reason) for name, reason in head.get("left_out", ())))
+
+    def check_held_out(self, count: int) -> None:
+        """Refuse to keep so many photos out of training that none is left."""
+        if count >= len(self.photos):
+            raise UserError(f"validation_photos is {count} of {len(self.photos)} photos: none is left to train on", hint="hold out fewer of them")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -85,7 +93,7 @@ class Manifest:
             raise UserError(f"{folder} has no photos yet: {path.name} is missing", hint="take them in with: lorabooth train PHOTOS --trigger-word TOK")
         try:
             return cls.from_jsonl(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{path} is damaged", hint=f"delete {path}, then run the same command again") from error
 
 

@@ -126,13 +126,16 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> "RunDir":
-        """Open the run at `path`, or start it with this recipe. A run that has another recipe is refused, unless its photos
-        could not be taken in: then nothing has been made with the old one, and the new one replaces it."""
+        """Open the run at `path`, or start it with this recipe. A run that has another recipe is refused, unless nothing has been made with the old one:
+        then the new one replaces it."""
         run = cls(path)
         if (path / "config.json").exists():
-            changed = _changes(run.config, config)
-            if changed and not (path / "manifest.jsonl").exists():
+            old, made = run.config, (run.captions, run.cache, run.checkpoints)
+            changed = _changes(old, config)
+            if old != config and not (changed and any(folder.exists() for folder in made)):
                 with run.locked():
+                    if changed:
+                        (path / "check.json").unlink(missing_ok=True)  # the photos are looked at for the new recipe
                     run._write_config(config)
             elif changed:
                 raise UserError(

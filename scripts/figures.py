@@ -44,9 +44,9 @@ def likeness_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def summary_table(mini: dict[str, Any], record: dict[str, Any], train: dict[str, Any], curve: dict[str, Any]) -> str:
+def summary_table(mini: dict[str, Any], record: dict[str, Any], train: dict[str, Any], curve: dict[str, Any], long: dict[str, Any]) -> str:
     """What a newcomer wants to know, for the README."""
-    step, beside = train["bases"]["mini"], {(row["steps"], row["arm"]): row for row in curve["summary"]}
+    step, beside = train["bases"]["mini"], {(row["steps"], row["arm"]): row for one in (curve, long) for row in one["summary"]}
 
     def pair(steps: int, what: str) -> str:
         return ", ".join(f"{beside[steps, arm][what]:.0%}" for arm in (OURS, PEER))
@@ -69,7 +69,7 @@ def summary_table(mini: dict[str, Any], record: dict[str, Any], train: dict[str,
             f"| {step['over_as_it_is']:.2f}, {step['over_strongest']:.2f} |",
             f"| identity right after 25 steps: ours, the script's (eight people, three seeds) | {pair(25, 'identity')} |",
             f"| after 200 steps | {pair(200, 'identity')} |",
-            f"| scene right after 200 steps | {pair(200, 'scene')} |",
+            f"| scene right after 200 steps; after 800 (one seed) | {pair(200, 'scene')}; {pair(800, 'scene')} |",
             f"| how much of the person 'a person' shows after 200 steps | {pair(200, 'bleed')} |",
         ]
     )
@@ -85,7 +85,8 @@ def insert(file: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     """Read the results and fill in the documents."""
-    mini, likeness, *beside = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("mini", "likeness", "train", "likeness_curve"))
+    names = ("mini", "likeness", "train", "likeness_curve", "likeness_long")
+    mini, likeness, *beside = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     insert(Path("README.md"), {"summary": summary_table(mini, likeness, *beside)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
     tables = {"likeness_curve": curve_table, "likeness_long": curve_table, "choices": choices_table, "generate": generating_table, "train": training_table}

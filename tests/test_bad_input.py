@@ -170,6 +170,17 @@ def test_a_run_of_other_photos_or_another_recipe_is_refused_and_kept(
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+def test_a_recipe_that_nothing_was_made_with_does_not_bind_the_run(demo_photos: Path, tmp_path: Path, refused: Refused):
+    out = str(tmp_path / "run")
+    assert "none is left to train on" in refused(str(demo_photos), *ONE_STEP, "--validation-photos", "3", "--out", out)
+    assert not (tmp_path / "run" / "cache").exists()
+    goes_on(str(demo_photos), *ONE_STEP, "--validation-photos", "1", "--out", out)
+    # Where the figures go is no part of the recipe.
+    goes_on(str(demo_photos), *ONE_STEP, "--validation-photos", "1", "--trackers", "none", "--out", out)
+    assert RunDir.open(tmp_path / "run").config.trackers == "none"
+    assert "validation_photos was 1" in refused(str(demo_photos), *ONE_STEP, "--out", out)
+
+
 def test_photos_that_could_not_be_used_do_not_bind_the_run(demo_photos: Path, tmp_path: Path, refused: Refused):
     empty = write_zip(tmp_path / "empty.zip")
     out = str(tmp_path / "run")

@@ -312,6 +312,7 @@ def test_a_cache_of_steps_leaves_out_work_and_is_the_same_each_time(engine: Engi
 def test_twenty_swaps_of_ranks_from_4_to_64_compile_nothing_again(mixed: bool, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch._dynamo.reset()
     fast = Engine("mini", Settings(fast=True, mixed=mixed))
+    assert fast.record() == {"precision": "fp32", "fast": True}, "it is made again in the same way"
     draw, choices = random.Random(0), []
     for i in range(20):
         transformer, rank = load_family("mini").transformer(CPU, torch.float32), draw.choice((4, 8, 16, 32, 64))

@@ -177,6 +177,9 @@ def test_the_plan_of_flux_dev_needs_neither_the_hub_nor_a_gpu(monkeypatch: pytes
     seconds = [float(re.findall(r"time: about ([\d.]+) s", text)[0]) for text in (native, small)]
     assert seconds[1] < seconds[0] / 4
     assert main(["plan", "--model", "black-forest-labs/FLUX.1-dev", "--vram-gb", "24"]) == 0
+    for command in (["generate", "--plan"], ["plan"]):
+        assert main([*command, "--model", "mini"]) == 2
+        assert "torch finds no CUDA GPU here; say how much memory the GPU has with --vram-gb 24" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["nan", "0", "inf", "-3"])

@@ -298,7 +298,7 @@ def test_progress_sees_every_file(tmp_path: Path):
     assert seen == ["a.png", "b.png", "c.txt"]
 
 
-@pytest.mark.parametrize("text", ["", "junk", "{}", "[]", '{"notes": []}\n{"file": 1}'])
+@pytest.mark.parametrize("text", ["", "junk", "{}", "[]", '{"notes": []}\n{"file": 1}', '{"count": 1, "notes": []}\n'])
 def test_a_damaged_manifest_is_a_sentence(tmp_path: Path, text: str):
     with pytest.raises(UserError, match=r"manifest\.jsonl is missing"):
         Manifest.load(tmp_path)

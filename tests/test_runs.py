@@ -92,7 +92,7 @@ def test_a_run_that_exists_is_opened_again_with_the_same_recipe(tmp_path: Path):
 
 
 def test_another_recipe_is_refused_and_each_change_is_said(tmp_path: Path):
-    RunDir.create(tmp_path / "run", CONFIG).write_json("manifest.jsonl", {})
+    RunDir.create(tmp_path / "run", CONFIG).cache.mkdir()
     with pytest.raises(UserError) as caught:
         RunDir.create(tmp_path / "run", CONFIG.model_copy(update={"steps": 9, "lora_rank": 8}))
     assert "steps was 4 and is now 9" in caught.value.message and "lora_rank was 16 and is now 8" in caught.value.message
@@ -100,8 +100,8 @@ def test_another_recipe_is_refused_and_each_change_is_said(tmp_path: Path):
     assert RunDir.open(tmp_path / "run").config == CONFIG
 
 
-def test_a_run_without_photos_yet_takes_another_recipe(tmp_path: Path):
-    RunDir.create(tmp_path / "run", CONFIG)
+def test_a_run_that_has_made_nothing_yet_takes_another_recipe(tmp_path: Path):
+    RunDir.create(tmp_path / "run", CONFIG).write_json("manifest.jsonl", {})
     other = CONFIG.model_copy(update={"steps": 9})
     assert RunDir.create(tmp_path / "run", other).config == RunDir.open(tmp_path / "run").config == other
 

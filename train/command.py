@@ -18,7 +18,7 @@ from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
 from lorabooth.errors import UserError
 from lorabooth.notes import note
-from lorabooth.photos import ingest
+from lorabooth.photos import Manifest, ingest
 from lorabooth.push_command import token_option
 from lorabooth.runs import RunDir, sha256_file
 
@@ -155,6 +155,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
         consent.record(run_dir, agreed)
         for taken_into, source in reversed(sources.items()):  # the run's own manifest last: it says that all is there
             _take_in(source, RunDir(taken_into), run_dir.path)
+        Manifest.load(run_dir.path).check_held_out(config.validation_photos)
         check_new_run(run_dir)
     for stage in stages.STAGES:
         stages.run_stage(stage, run_dir, launch)

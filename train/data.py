@@ -92,10 +92,8 @@ def validation_items(manifest: Manifest, config: TrainConfig) -> list[Item]:
 
 def _held_out(manifest: Manifest, config: TrainConfig) -> frozenset[str]:
     """Stems of the photos that are not trained on, drawn by the seed; a UserError where none would be left."""
-    stems, count = [stem(photo) for photo in manifest.photos], config.validation_photos
-    if count >= len(stems):
-        raise UserError(f"validation_photos is {count} of {len(stems)} photos: none is left to train on", hint="hold out fewer of them")
-    return frozenset(random.Random(f"{config.seed}/validation").sample(stems, count))
+    manifest.check_held_out(config.validation_photos)
+    return frozenset(random.Random(f"{config.seed}/validation").sample([stem(photo) for photo in manifest.photos], config.validation_photos))
 
 
 def stem(photo: Photo) -> str:
