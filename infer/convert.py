@@ -25,7 +25,7 @@ from lorabooth.lora import sorted_header
 from lorabooth.lora_file import LoraFile
 from lorabooth.lowrank import Additions, additions
 from lorabooth.notes import note
-from lorabooth.runs import RunDir, write_new
+from lorabooth.runs import RunDir, check_same, write_new
 
 STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 """Precisions by safetensors' names."""
@@ -65,6 +65,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     data = sorted_header(save(tensors, metadata=_metadata(choices, wanted)))
     if not tensors:
         raise UserError("nothing is left to write: no layer of these files changes anything")
+    check_same(file, data)  # before the comparison, which takes seconds
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / file.name
         again.write_bytes(data)

@@ -10,15 +10,15 @@ from infer.plan import table
 from infer.settings import Settings
 from lorabooth.device import compute_device
 from lorabooth.families import family_to_plan
+from lorabooth.gigabytes import check_stated
 from lorabooth.sizes import GB
 from lorabooth.speed import measured
 
 
 def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_options: PictureOptions) -> None:
     """Print the plan for pictures of a base on this machine's GPU, or on one of that size."""
+    check_stated(vram_gb, compute_device().type != "cpu")
     family = family_to_plan(model)
-    if vram_gb is None and compute_device().type == "cpu":
-        raise click.UsageError("torch finds no CUDA GPU here; say how much memory the GPU has with --vram-gb 24")
     request = picture_options.request("a picture", 0, 1, family.native_px)
     settings, steps = replace(settings, pixels=request.width_px * request.height_px), steps_of(request)
     found = plans(family, settings, compute_device(), vram_gb * GB if vram_gb else None, steps)

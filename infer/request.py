@@ -8,7 +8,7 @@ from functools import cached_property
 
 from PIL import Image
 
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, is_utf8
 
 ASPECT_RATIOS = {
     "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "2:3": (832, 1216), "4:5": (896, 1088), "5:4": (1088, 896),
@@ -77,7 +77,7 @@ class Request:
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
             if len(text) > PROMPT_CHARACTERS_LIMIT:
                 raise UserError(f"the {name} has {len(text):,} characters; the limit is {PROMPT_CHARACTERS_LIMIT:,}")
-            if any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes on bytes that are not UTF-8
+            if not is_utf8(text):
                 raise UserError(f"the {name} is not valid text in UTF-8")
         if self.negative_prompt and self.true_cfg_scale == 1:
             raise UserError("a negative prompt needs a true_cfg_scale above 1 to do anything", hint="use --true-cfg 3, say; it doubles the time")

@@ -5,13 +5,14 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 
 import difflib
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, is_utf8
 from lorabooth.reading import read_limited
 
 Target = Literal["attention", "attention+ff", "all-linear"]
@@ -132,7 +133,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _text(cls, value: Any) -> Any:
         for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes on bytes that are not UTF-8
+            if isinstance(text, str) and not is_utf8(text):
                 raise ValueError("must be text in UTF-8")
         return value
 
@@ -221,7 +222,7 @@ class TrainConfig(BaseModel):
         return self.model_dump(mode="json", exclude=set(NOT_RECIPE))
 
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 16
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -263,9 +264,8 @@ class _Recipe(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+            if count > 1:
                 raise yaml.YAMLError(f"{name} stands in it twice")
         return super().construct_mapping(node, deep)
 

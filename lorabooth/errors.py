@@ -22,6 +22,11 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text came from bytes in UTF-8; others Python passes on as half characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class StageFailed(Exception):
     """A stage's process ended with this exit code (negative: killed by that signal); it has already said why."""
 

@@ -34,9 +34,14 @@ def write_new(path: Path, data: bytes) -> None:
     try:
         write_durable(path, data, new=True)
     except FileExistsError:
-        if not path.is_file() or path.read_bytes() != data:
-            raise UserError(f"there is another {path} already", hint="name another file with --out; nothing is overwritten") from None
+        check_same(path, data)
         note(f"{path} is there already, the same")
+
+
+def check_same(path: Path, data: bytes) -> None:
+    """Refuse a place for a result of the user's where something else is."""
+    if (path.exists() or path.is_symlink()) and (not path.is_file() or path.read_bytes() != data):
+        raise UserError(f"there is another {path} already", hint="name another file with --out; nothing is overwritten")
 
 
 @contextmanager

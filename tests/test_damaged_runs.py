@@ -58,7 +58,7 @@ def test_a_picture_that_is_damaged_is_left_out_of_the_report(run: RunDir, damage
         file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     export.run(run)
     assert capsys.readouterr().err.count("cannot be shown") >= 2
-    assert "modelspec.thumbnail" not in export.metadata(run)
+    assert "modelspec.thumbnail" not in export.metadata(run) and 'src=""' not in (run.path / "report.html").read_text()
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tiny_run: Path, tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

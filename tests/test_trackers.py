@@ -14,7 +14,7 @@ from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
 from tests.test_processes import untrained
 from train import fit
-from train.trackers import check_trackers
+from train.trackers import check_trackers, identity
 
 KEY = "0123456789abcdef" * 3
 
@@ -39,6 +39,13 @@ def test_no_tracker_leaves_no_trace(tiny_run: Path, tmp_path: Path):
     run = untrained(tiny_run, tmp_path / "run", trackers="none")
     fit.run(run)
     assert not (run.path / "tensorboard" / "lorabooth").exists() and len([row for row in run.history() if "loss" in row]) == 4
+
+
+def test_a_run_that_is_pushed_or_watched_elsewhere_stays_the_same_run(run: RunDir):
+    before = identity(run)
+    os.utime(run.path / "config.json", ns=(1, 1))
+    RunDir.create(run.path, run.config.model_copy(update={"hf_repo_id": "me/tok", "trackers": "none"}))
+    assert run.config.hf_repo_id == "me/tok" and identity(run) == before
 
 
 def test_wandb_writes_a_run_without_network(tiny_run: Path, tmp_path: Path):

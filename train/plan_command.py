@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lorabooth.gigabytes import GIGABYTES
+from lorabooth.gigabytes import GIGABYTES, check_stated
 from train.command import config_options, recipe_config
 
 
@@ -36,8 +36,7 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     values["preview_prompts"] = values["preview_prompts"] or None
     values["trigger_word"] = values["trigger_word"] or "TOK"  # it changes nothing here
     config = recipe_config(recipe, values)
-    if vram_gb is None and not torch.cuda.is_available():
-        raise click.UsageError("torch finds no CUDA GPU here; say how much memory the GPU has with --vram-gb 24")
+    check_stated(vram_gb, torch.cuda.is_available())
     gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
     host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
     speed = measured() if torch.cuda.is_available() else ASSUMED

@@ -27,10 +27,8 @@ def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None
     if accelerator.trackers or not accelerator.is_main_process:
         return
     config = run_dir.config
-    # The folder may be used anew for another run: its record's time tells them apart.
-    identity = hashlib.sha256(f"{run_dir.path.resolve()} {(run_dir.path / 'config.json').stat().st_mtime_ns}".encode()).hexdigest()[:16]
     name = config.wandb_run or run_dir.path.name
-    wandb = {"name": name, "entity": config.wandb_entity or None, "id": identity, "resume": "allow", "dir": str(run_dir.path)}
+    wandb = {"name": name, "entity": config.wandb_entity or None, "id": identity(run_dir), "resume": "allow", "dir": str(run_dir.path)}
     options = {"tensorboard": {"purge_step": step + 1}, "wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
     try:
         accelerator.init_trackers(config.wandb_project, init_kwargs=options)
@@ -41,6 +39,11 @@ def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None
         accelerator.trackers.clear()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"a tracker ({', '.join(config.tracker_names)}) did not start: {reason}", hint="log in to it, or leave it out of --trackers") from error
+
+
+def identity(run_dir: RunDir) -> str:
+    """What a tracker knows the run by when it goes on. The folder may be used anew for another run: the time its photos were taken in tells them apart."""
+    return hashlib.sha256(f"{run_dir.path.resolve()} {(run_dir.path / 'manifest.jsonl').stat().st_mtime_ns}".encode()).hexdigest()[:16]
 
 
 def log_pictures(accelerator: Accelerator, step: int, pictures: dict[str, Image.Image]) -> None:
