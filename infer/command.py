@@ -11,6 +11,7 @@ import click
 from infer import loras as lora_store
 from infer.filter import content_filter
 from infer.finish_options import FinishOptions, finish_options
+from infer.named_base import base_of
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
@@ -63,20 +64,21 @@ def generate(
     Example, far away and still recognisable:
       lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
+    choices = tuple(lora_store.resolve(reference) for reference in references)
+    base = model or base_of(choices)
+    if plan_of:
+        plan_of(base)
+        return
+    chosen = any_seed() if seed is None else seed
+    prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, base == "mini")
+    picture_options.check(base, prompts.texts[0], chosen, num_outputs)
     with heavy_imports():
         from infer.drawing import Drawing
         from infer.engine import Engine
         from infer.finish import Finishing
-        from infer.named_base import base_of
         from lorabooth.families import load_family
 
-    choices = tuple(lora_store.resolve(reference) for reference in references)
-    if plan_of:
-        plan_of(model or base_of(choices))
-        return
-    family = load_family(model or base_of(choices))
-    chosen = any_seed() if seed is None else seed
-    prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, family.model == "mini")
+    family = load_family(base)
     request = picture_options.request(prompts.texts[0], chosen, num_outputs, family.native_px)
     finishing = Finishing.read(finish_options, family.native_px, choices, num_outputs)
     requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))

@@ -9,6 +9,7 @@ import click
 from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
 from infer.filter import content_filter
+from infer.named_base import base_of
 from infer.options import PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.settings import Settings
@@ -45,18 +46,20 @@ def grid(
     Example, which checkpoint is best, on the built-in portraits:
       lorabooth grid --template all --checkpoints runs/TOK-photos
     """
+    columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
+    base = model or base
+    if plan_of:
+        plan_of(base)
+        return
+    asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], base == "mini")
+    picture_options.check(base, asked.texts[0], seed)
     with heavy_imports():
         from infer import grid_page
         from infer.engine import Engine
         from infer.grid import Grid
         from lorabooth.families import load_family
 
-    columns, notes, base = _weights(references, weights) if run is None else _checkpoints(run, references, weights, out)
-    if plan_of:
-        plan_of(model or base)
-        return
-    family = load_family(model or base)
-    asked = Prompts.read(prompts, prompt_options, [choice for column in columns for choice in column.loras], family.model == "mini")
+    family = load_family(base)
     rows = asked.requests(request := picture_options.request(asked.texts[0], seed, 1, family.native_px))
     for line in (*notes, *asked.notes()):
         note(line)
@@ -72,8 +75,6 @@ def grid(
 
 
 def _weights(references: tuple[str, ...], weights: str | None) -> tuple[list[Column], list[str], str]:
-    from infer.named_base import base_of
-
     if not references:
         raise UserError("a grid needs a LoRA", hint="give --lora RUN, or --checkpoints RUN to compare its checkpoints")
     wanted = weights_of(DEFAULT_WEIGHTS if weights is None else weights)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from textwrap import shorten
 
 from infer.loras import LoraChoice
+from lorabooth.config import FLUX_DEV
 from lorabooth.errors import UserError
-from lorabooth.families.flux1_dev import NAMES
 
 KNOWN = re.compile(r"mini|black-forest-labs/[\w.-]{1,96}")
 """What is loaded because a file says so. Anything else has to be confirmed."""
@@ -30,4 +30,4 @@ def base_of(choices: Sequence[LoraChoice]) -> str:
     if len(named) > 1:
         shown = ", ".join(f"{lora} of {shorten(base, 60)}" for base, lora in sorted(named.items()))
         raise UserError(f"these LoRAs are of different base models: {shown}", hint="use LoRAs of one base model, or name it with --model")
-    return next((confirmed(base, f"the LoRA {lora} was trained") for base, lora in named.items()), NAMES[0])
+    return next((confirmed(base, f"the LoRA {lora} was trained") for base, lora in named.items()), FLUX_DEV)

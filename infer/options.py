@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image, ImageChops
 
 from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, size_for, size_like
 from infer.settings import Settings
+from lorabooth import hub
 from lorabooth.decoder import Decoder
 from lorabooth.entry import ENTRY_BYTES_LIMIT, LeftOut
 from lorabooth.errors import UserError
@@ -42,7 +43,7 @@ class PictureOptions:
 
     def request(self, prompt: str, seed: int, num_outputs: int, native_px: int) -> Request:
         """A request like that for a base of that native size; a UserError where the options do not go together."""
-        source = self.source()
+        source = self.source
         # A negative prompt is only there to be used.
         scale = self.true_cfg_scale if self.true_cfg_scale is not None else 3.0 if self.negative_prompt else 1.0
         size, steps = self.size(native_px, source), self.num_inference_steps
@@ -54,6 +55,12 @@ class PictureOptions:
         width, height = given or size_for(self.aspect_ratio or "1:1", native_px, self.megapixels)
         return width if self.width is None else self.width, height if self.height is None else self.height
 
+    def check(self, base: str, prompt: str, seed: int, num_outputs: int = 1) -> None:
+        """Refuse what can be refused of a request for a base by its name, before the imports, which take seconds; the base's own size is known after them."""
+        hub.model_folder(base)
+        self.request(prompt, seed, num_outputs, ASPECT_RATIOS["1:1"][0])
+
+    @cached_property
     def source(self) -> Source | None:
         """The picture to start from."""
         if self.image is None:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lorabooth import __version__, consent, hub
 from lorabooth.captions import PLACEHOLDER
-from lorabooth.config import TrainConfig
+from lorabooth.config import FLUX_DEV, TrainConfig
 from lorabooth.hub import HUB_NAME
 from lorabooth.licences import Licence, licence_of
 from lorabooth.photos import Manifest
@@ -43,7 +43,7 @@ def model_card(run_dir: RunDir, repository: str, samples: Sequence[str] = ()) ->
         "samples": samples,
         "consent": agreed.sentence() if agreed else "",
         "known": bool(HUB_NAME.fullmatch(base)),
-        "hosted": base == "black-forest-labs/FLUX.1-dev",
+        "hosted": base == FLUX_DEV,
         "version": __version__,
         "facts": facts(run_dir, config),
         "measure": measured.get("by"),

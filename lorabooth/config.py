@@ -27,6 +27,7 @@ Precision = Literal["auto", "bf16", "int8", "fp8", "nf4"]
 NOT_RECIPE = ("hf_repo_id", "hf_private", "trackers", "wandb_project", "wandb_run", "wandb_entity")
 """Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on, and its figures go elsewhere."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
 """Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
 
@@ -39,9 +40,7 @@ class TrainConfig(BaseModel):
     trigger_word: str = Field(
         min_length=1, max_length=100, description="Word that stands for the person in captions and prompts; rare and pronounceable, such as TOK."
     )
-    model: str = Field(
-        "black-forest-labs/FLUX.1-dev", description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU)."
-    )
+    model: str = Field(FLUX_DEV, description="Base model: a hub repository, a local diffusers folder, or 'mini' (shipped; runs on a CPU).")
     subject: Subject = Field(
         "person",
         description="What the photos show: person, object or style. Generated captions leave it out, and photos of a person need that person's consent.",

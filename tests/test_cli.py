@@ -55,6 +55,21 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     return put
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate",),
+        ("generate", "TOK", "--width", "100"),
+        ("generate", "TOK", "--model", "mimi"),
+        ("generate", "TOK", "--lora", "none"),
+        ("grid", "TOK", "--lora", "none"),
+    ],
+    ids=" ".join,
+)
+def test_what_can_be_refused_at_once_waits_for_no_imports(arguments: tuple[str, ...]):
+    assert not modules_after(list(arguments)) & {"torch", "diffusers", "transformers"}
+
+
 def test_help_lists_every_command_and_imports_nothing_heavy():
     assert modules_after(["--help"]) == set()
     done = run("--help")

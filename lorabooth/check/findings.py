@@ -46,6 +46,11 @@ KINDS: dict[str, Kind] = {
     "no_face": Kind("warning", "no face found", "Leave it out if the face cannot be seen; a turned head in one photo of ten does no harm."),
     "several_faces": Kind("warning", "several faces", "Cut it to the person: otherwise the trigger word means the others as well."),
     "small_face": Kind("warning", "the face is too small", "Cut it closer to the person, or train with a higher --resolution."),
+    "ordinary_trigger": Kind(
+        "warning",
+        "the trigger word is an ordinary word",
+        "Take a rare one such as TOK, or add one (TOK man): captions and the model have their own meaning for this one.",
+    ),
     "no_trigger": Kind("warning", "the caption lacks the trigger word", "Write the trigger word, or [trigger], where the caption names the subject."),
     "same_caption": Kind("hint", "the same caption", "Say what differs (clothes, place, light): what no caption names is learned as part of the trigger word."),
     "fused_word": Kind(

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from lorabooth.config import FLUX_DEV
 from lorabooth.families.flux1 import Flux1
 
-NAMES = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev")
+NAMES = (FLUX_DEV, "black-forest-labs/FLUX.1-Krea-dev")
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer/config.json": {
         "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
