@@ -60,13 +60,15 @@ def info(context: click.Context, references: tuple[str, ...], with_layers: bool,
       lorabooth loras info runs/TOK-photos
       lorabooth loras info owner/name style.safetensors --json
     """
-    from infer import lora_info
     from infer.loras import unweighted
 
     found, failed = [], 0
     for reference in references:
         try:
-            found.append(lora_info.info(unweighted(reference, "to describe")))
+            file = unweighted(reference, "to describe")
+            from infer import lora_info  # takes seconds, which a reference to nothing need not wait for
+
+            found.append(lora_info.info(file))
             if not as_json:
                 click.echo(described(found[-1], with_layers) + "\n" * (reference != references[-1]))
         except UserError as error:  # the others are told all the same

@@ -63,6 +63,8 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         ("generate", "TOK", "--model", "mimi"),
         ("generate", "TOK", "--lora", "none"),
         ("grid", "TOK", "--lora", "none"),
+        ("plan", "--model", "mimi"),
+        ("loras", "info", "none"),
     ],
     ids=" ".join,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorabooth.gigabytes import GIGABYTES, check_stated
+from lorabooth.hub import model_folder
 from train.command import config_options, recipe_config
 
 
@@ -24,6 +25,11 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     Example:
       lorabooth plan --vram-gb 12 --resolution 768
     """
+    values["preview_prompts"] = values["preview_prompts"] or None
+    values["trigger_word"] = values["trigger_word"] or "TOK"  # it changes nothing here
+    config = recipe_config(recipe, values)
+    model_folder(config.model)  # a name that is none is refused before seconds of imports
+
     import torch
 
     from lorabooth.families import family_to_plan
@@ -33,9 +39,6 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     from train.plan import choose, table
     from train.planning import HOST_SHARE, shapes_of
 
-    values["preview_prompts"] = values["preview_prompts"] or None
-    values["trigger_word"] = values["trigger_word"] or "TOK"  # it changes nothing here
-    config = recipe_config(recipe, values)
     check_stated(vram_gb, torch.cuda.is_available())
     gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
     host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE

@@ -15,13 +15,13 @@ one some other while wearing photo photograph picture image portrait shot headsh
 """
 """Words that name nothing in a photo, or only say that it is one."""
 PLAIN_WORDS = frozenset(PLAIN.split())
-BEINGS = frozenset("person people human man men woman women boy girl child kid baby me myself face model subject dog cat style object".split())
+BEINGS = "person people human man men woman women boy girl child kid baby me myself face model subject dog cat style object"
 """What stands in captions and prompts for anybody."""
 
 
 def caption_findings(photos: Sequence[Checked], trigger_word: str | None, class_phrase: str) -> Iterator[Finding]:
     """What is wrong with the captions there are. Without a trigger word, only [trigger] in them is known."""
-    known = PLAIN_WORDS | BEINGS | set(_words(class_phrase))
+    known = PLAIN_WORDS | set(BEINGS.split()) | set(_words(class_phrase))
     if trigger_word and set(trigger_word.casefold().split()) <= known:
         yield Finding("ordinary_trigger", f"the trigger word is {trigger_word}")
     captioned = [(checked, checked.caption) for checked in photos if checked.caption]
