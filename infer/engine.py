@@ -6,6 +6,7 @@ in fp32 that holds to the bit; on a GPU batches of other sizes are rounded diffe
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from infer.progress import Progress
 from infer.request import Request, Source
 from infer.settings import DEFAULT, Settings
 from lorabooth import sampling
-from lorabooth.device import base_dtype, check_gpu, compute_device
+from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
@@ -64,6 +65,7 @@ class Engine:
         self.family, self.settings = load_family(model) if isinstance(model, str) else model, settings
         check_gpu(self.family.native_px, self.family.model)
         self.device = compute_device()
+        check_bf16(self.device, self.family.native_px, self.family.model)
         self.dtype = base_dtype(self.device)
         first, *self._lighter = [plan] if plan else [one.plan for one in plans(self.family, settings, self.device)]
         self.base = self._base(first)
@@ -116,10 +118,9 @@ class Engine:
         Where the GPU's memory runs out, the base is loaded anew by the next lighter plan; a UserError where there is none.
         """
         while True:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return self._make(pieces, progress)
-            except torch.OutOfMemoryError:
-                self._lighten()
+            self._lighten()  # not where the exception still holds the frames, and these the old base
 
     def _base(self, plan: ServingPlan) -> Base:
         return Base(self.family, plan, self.device, self.dtype, self.settings.fast, self.settings.cache)

@@ -6,6 +6,7 @@ from itertools import product
 
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import VAE_SCALE
+from lorabooth.pinned import WASTE
 from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
@@ -69,7 +70,7 @@ class Needs:
 def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingPlan]:
     """What a plan takes of the GPU, of the host, and of time."""
     sizes, each, wide = needs.sizes, BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
-    blocks = [block + sizes.modulation / len(sizes.blocks) for block in sizes.blocks]
+    blocks = sizes.whole_blocks
     swapped = blocks[len(blocks) - plan.swapped :]
     linears = sum(blocks)
     tokens = needs.batch * (sizes.text_tokens + needs.tokens)
@@ -88,7 +89,7 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
         "at work": max(sampling, decoding, 1.5 * GB),
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
-    host = sum(swapped) * each + (linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
+    host = WASTE * sum(swapped) * each + (linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
     host += needs.encoder_bytes if plan.encoders == "host" else 0
     seconds = needs.steps * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
     seconds += {"gpu": 0.1, "host": needs.encoder_bytes / (speed.host_gb * GB), "disk": DISK_SECONDS}[plan.encoders]

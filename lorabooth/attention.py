@@ -34,8 +34,7 @@ class Trial:
 def trials(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int, candidates: tuple[SDPBackend, ...] = CANDIDATES) -> list[Trial]:
     """Every candidate that runs here. heads of `width` values; errors are measured on up to 512 tokens, for the fp32 product is large."""
     found = []
-    exact = _inputs(device, torch.float32, heads, width, min(tokens, 512))
-    rounded = [t.detach().to(dtype).requires_grad_() for t in exact]
+    rounded = _inputs(device, dtype, heads, width, min(tokens, 512))
     with sdpa_kernel(SDPBackend.MATH):
         expected = _pass([t.detach().float().requires_grad_() for t in rounded])
     large = _inputs(device, dtype, heads, width, tokens)
@@ -90,10 +89,9 @@ atexit.register(_in_use.close)
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int) -> list[Tensor]:
-    """Query, key and value [1, heads, tokens, width]."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(3, 1, heads, tokens, width, generator=generator)
-    return [t.to(device, dtype).requires_grad_() for t in drawn]
+    """Query, key and value [1, heads, tokens, width], laid out as a transformer's linears leave them: the heads of a token side by side."""
+    drawn = torch.randn(1, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return [t.permute(0, 2, 1, 3).requires_grad_() for t in drawn.unbind(2)]
 
 
 def _pass(inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -105,7 +103,7 @@ def _pass(inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _distance(mine: Tensor, right: Tensor) -> float:
-    return float((mine.float() - right.float()).norm() / right.float().norm())
+    return float((mine.detach().float() - right.float()).norm() / right.float().norm())
 
 
 def _seconds(inputs: list[Tensor]) -> float:

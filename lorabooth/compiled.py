@@ -5,10 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import nn
 
 from lorabooth.attention import in_use
 from lorabooth.notes import note
+from lorabooth.quantized import QuantizedLinear
+
+VARIANTS = 64
+"""Compilations of a kind of block: shapes of pictures, times what of a batch is preserved or swapped, times with and without gradients. torch stops at 8,
+and runs what comes then uncompiled, without a word."""
+
+
+def set_up_for(blocks: list[nn.Module]) -> None:
+    """Set torch's compiler up for blocks like these."""
+    torch._dynamo.config.recompile_limit = VARIANTS
+    # A quantized weight is made wide in the forward pass and again in the backward pass. The compiler sees one expression written twice and would keep what
+    # it gave: each weight of every block in bf16, beside the small one.
+    torch._functorch.config.cse = not any(isinstance(module, QuantizedLinear) for block in blocks for module in block.modules())
 
 
 def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callable[[], None], otherwise: str) -> bool:
@@ -20,6 +35,7 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
     # is chosen by then, so each has a folder of its own.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    set_up_for(blocks)
     for block in blocks:
         block.compile(dynamic=dynamic)
     try:

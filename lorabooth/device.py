@@ -21,10 +21,25 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
 
 
+BF16_CAPABILITY = 8, 0
+"""NVIDIA's compute capability from which bf16 is computed in hardware, and attention by fast kernels: Ampere's."""
+
+
 def check_gpu(native_px: int, model: str) -> None:
     """A UserError at once where a model of FLUX's size would be loaded for a CPU: 48 GB in fp32, and hours a picture."""
     if native_px >= 512 and not torch.cuda.is_available():
         raise UserError(f"{model} needs a CUDA GPU, and torch finds none", hint="lorabooth doctor says why; --model mini runs on a CPU")
+
+
+def check_bf16(device: torch.device, native_px: int, model: str) -> None:
+    """A UserError where a model of FLUX's size would run on a GPU without bf16. It asks the GPU, and from then on this process holds some of its memory."""
+    if device.type != "cuda" or native_px < 512:
+        return
+    if (found := torch.cuda.get_device_capability(device)) < BF16_CAPABILITY:
+        name, needed = torch.cuda.get_device_name(device), ".".join(map(str, BF16_CAPABILITY))
+        raise UserError(
+            f"{model} is computed in bf16, which {name} (compute capability {found[0]}.{found[1]}) lacks", hint=f"{needed} is needed: RTX 30, A100 or newer"
+        )
 
 
 def check_memory(needed_bytes: int, what: str, hint: str) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 CHUNK_BYTES = 2**29
 ALIGNED = 256
 """Bytes at whose multiples tensors begin, as CUDA's allocator has them."""
+WASTE = 1.1
+"""What the chunks hold over what is in them, at most, with FLUX's matrices of up to 94 MB: each ends where the next one would not have fitted."""
 
 
 class PinnedMemory:

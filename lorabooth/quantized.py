@@ -129,7 +129,7 @@ def fp8_product(x: Tensor, columns: Tensor, column_scale: Tensor, by: Tensor | N
     """x [..., K] (times `by` [1, K]) @ columns [K, M] in fp8, stored by columns, times column_scale [1, M]; in x's precision."""
     rows = x.reshape(-1, x.shape[-1]).float()
     rows = rows if by is None else rows * by
-    row_scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST["fp8"]
+    row_scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST["fp8"]  # gradients are small, many under 1e-10
     small = (rows / row_scale).to(torch.float8_e4m3fn)
     y = torch._scaled_mm(small, columns, scale_a=row_scale, scale_b=column_scale.contiguous(), out_dtype=torch.bfloat16)
     return y.to(x.dtype).view(*x.shape[:-1], columns.shape[1])

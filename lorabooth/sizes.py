@@ -25,30 +25,40 @@ MFU = 0.5
 @dataclass(frozen=True)
 class BaseSizes:
     """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, the largest linear's,
-    those of the modulation, and of everything else; and the tokens of a prompt."""
+    those of each block's modulation, and of everything else; and the tokens of a prompt."""
 
     width: int
     double: int
     blocks: tuple[int, ...]
     largest: int
-    modulation: int
+    modulations: tuple[int, ...]
     rest: int
     text_tokens: int
+
+    @property
+    def modulation(self) -> int:
+        """The weights of the modulation's linears in all blocks."""
+        return sum(self.modulations)
+
+    @property
+    def whole_blocks(self) -> tuple[int, ...]:
+        """The weights of each block's linears, those of the modulation with them."""
+        return tuple(map(sum, zip(self.blocks, self.modulations, strict=True)))
 
     @staticmethod
     def count(transformer: nn.Module, text_tokens: int) -> "BaseSizes":
         """Count them on a transformer, which may be on the meta device."""
         blocks = blocks_of(transformer)
         counts = [[m.weight.numel() for name, m in linears(block) if not re.fullmatch(NORMS, name)] for block in blocks]
-        modulation = sum(m.weight.numel() for block in blocks for name, m in linears(block) if re.fullmatch(NORMS, name))
+        modulations = tuple(sum(m.weight.numel() for name, m in linears(block) if re.fullmatch(NORMS, name)) for block in blocks)
         total = sum(p.numel() for p in transformer.parameters())
         return BaseSizes(
             width=cast(nn.Linear, transformer.get_submodule("x_embedder")).out_features,
             double=len(list(transformer.get_submodule("transformer_blocks").children())),
             blocks=tuple(map(sum, counts)),
             largest=max(max(block) for block in counts),
-            modulation=modulation,
-            rest=total - modulation - sum(map(sum, counts)),
+            modulations=modulations,
+            rest=total - sum(modulations) - sum(map(sum, counts)),
             text_tokens=text_tokens,
         )
 

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorabooth.pinned import ALIGNED
+from lorabooth.pinned import ALIGNED, PinnedMemory
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in its block's bytes."""
+    """A parameter, its values in host memory, and where they lie among its block's bytes on the device."""
 
     parameter: nn.Parameter
+    host: Tensor
     start: int
-    shape: torch.Size
-    dtype: torch.dtype
 
     def view(self, memory: Tensor) -> Tensor:
-        """The parameter's values in a copy of the block's bytes [n], uint8."""
-        return memory[self.start : self.start + self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)
+        """The parameter's values among the block's bytes [n], uint8."""
+        return memory[self.start : self.start + self.host.numel() * self.host.element_size()].view(self.host.dtype).view(self.host.shape)
 
 
 class BlockSwap:
@@ -32,31 +31,32 @@ class BlockSwap:
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         self.device, self.at = device, -1
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.places, self.host = [], []
+        host, most = PinnedMemory(pin=self.stream is not None), 0
+        self.places: list[list[Place]] = []
         for block in blocks:
-            places, memory = self._packed(block)
+            places, size = self._packed(block, host)
             self.places.append(places)
-            self.host.append(memory)
-        most = max(len(memory) for memory in self.host)
+            most = max(most, size)
         self.slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
+        if self.stream is not None:
+            for slot in self.slots:
+                slot.record_stream(self.stream)  # freed while a block is on its way, they wait for it
         self.held: list[int | None] = [None, None]
         self.arrived: list[torch.cuda.Event | None] = [None, None]
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, i=i: self.bring(i))
 
-    def _packed(self, block: nn.Module) -> tuple[list[Place], Tensor]:
+    def _packed(self, block: nn.Module, host: PinnedMemory) -> tuple[list[Place], int]:
+        """The block's frozen matrices in host memory, and the bytes that they take on the device; the rest of it goes to the device for good."""
         matrices = [p for p in block.parameters() if p.ndim == 2 and not p.requires_grad]
         for small in (*block.buffers(), *(p for p in block.parameters() if p.ndim != 2 or p.requires_grad)):
             small.data = small.data.to(self.device)
         places, end = [], 0
         for p in matrices:
-            places.append(Place(p, end, p.shape, p.dtype))
+            places.append(Place(p, host.keep(p.data), end))
+            p.data = places[-1].host
             end += -(-p.numel() * p.element_size() // ALIGNED) * ALIGNED
-        memory = torch.empty(end, dtype=torch.uint8, pin_memory=self.stream is not None)
-        for place in places:
-            place.view(memory).copy_(place.parameter.data)
-            place.parameter.data = place.view(memory)
-        return places, memory
+        return places, end
 
     def bring(self, i: int) -> None:
         """Make block i ready to run, and start to fetch the one that comes after it in this direction."""
@@ -74,20 +74,23 @@ class BlockSwap:
 
     def settle(self) -> None:
         """Let the blocks' parameters be those in host memory, for somebody who reads them between two passes: the places hold two blocks only."""
-        for places, memory in zip(self.places, self.host, strict=True):
-            for place in places:
-                place.parameter.data = place.view(memory)
+        for place in (place for places in self.places for place in places):
+            place.parameter.data = place.host
 
     def _fetch(self, i: int) -> None:
         """Copy block i to its place, behind the work that was given to the device so far: the block that had the place may still be in use."""
-        slot, memory = i % 2, self.host[i]
+        slot = i % 2
         if self.held[slot] == i:
             return
         self.held[slot] = i
         if self.stream is None:
-            self.slots[slot][: len(memory)].copy_(memory)
+            self._copy(i)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.slots[slot][: len(memory)].copy_(memory, non_blocking=True)
+            self._copy(i)
             self.arrived[slot] = self.stream.record_event()
+
+    def _copy(self, i: int) -> None:
+        for place in self.places[i]:
+            place.view(self.slots[i % 2]).copy_(place.host, non_blocking=True)

@@ -269,9 +269,10 @@ def table(record: dict[str, Any]) -> str:
         timed = f"{row['seconds_a_picture']:.3f} | {row['seconds_a_picture'] / base:.2f}" if "failed" not in row else f"{row['failed']} | "
         lines.append(f"| {row['arm']} | {timed} |" + (f" {row['peak_allocated_gb']:.1f} |" if peaks else ""))
     lines += ["", "| a LoRA for another | median, ms | largest, ms | compiled again |", "|---|---|---|---|"]
-    return "\n".join(
-        lines + [f"| {name} | {r['median_ms']:.1f} | {r['largest_ms']:.1f} | {r.get('compiled_again', '')} |" for name, r in record["swaps"].items()]
-    )
+    for name, row in record["swaps"].items():
+        timed = f"{row['median_ms']:.1f} | {row['largest_ms']:.1f} | {row.get('compiled_again', '')}" if "failed" not in row else f"{row['failed']} | | "
+        lines.append(f"| {name} | {timed} |")
+    return "\n".join(lines)
 
 
 @click.command()

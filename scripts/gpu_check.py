@@ -2,6 +2,7 @@
 
 Nothing is downloaded: speed and memory depend on the shapes, not on what the weights know. It says nothing of quality.
 The step is `train.fit`'s own and the picture is made by `lorabooth.sampling`; only the weights come from elsewhere.
+Every figure is written as soon as it is there, and what fails is a row that says so: a lease that ends, or one case, takes nothing with it.
 """
 
 import argparse
@@ -11,14 +12,18 @@ import math
 import platform
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import diffusers
 import torch
+import torch._dynamo
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -34,7 +39,7 @@ from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
 from lorabooth.sizes import Estimate
-from lorabooth.speed import measured
+from lorabooth.speed import ASSUMED
 from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
 from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
@@ -62,7 +67,8 @@ class Case:
         """What to call it in a table."""
         card = f"{self.card_gib} GB card: " if self.card_gib else ""
         eager = ", not compiled" if self.settings.get("compile_blocks") is False else ""
-        return f"{card}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}"
+        optimizer = f", {self.settings['optimizer']}" if "optimizer" in self.settings else ""
+        return f"{card}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}{optimizer}"
 
 
 PARTS = ("table", "plans", "cards")
@@ -79,10 +85,11 @@ PLANS: list[dict[str, Any]] = [
 
 
 def cases(part: str, size: Size) -> list[Case]:
-    """What a part times: every size and batch with the automatic plan; each way to save memory at the largest size; small cards."""
+    """What a part times, what says most first: every size and batch with the automatic plan; each way to save memory at the largest size; small cards."""
     if part == "table":
         kinds: tuple[dict[str, Any], ...] = ({}, {"compile_blocks": False})
-        return [Case(part, px, {"batch_size": batch} | kind) for px in size.sides_px for batch in (1, 4) for kind in kinds]
+        found = [Case(part, px, {"batch_size": batch} | kind) for kind in kinds for batch in (1, 4) for px in size.sides_px]
+        return [*found, Case(part, size.sides_px[0], {"batch_size": 1, "optimizer": "adamw"})]
     if part == "plans":
         return [Case(part, size.sides_px[-1], plan) for plan in PLANS]
     return [Case(part, px, {}, card) for card in (24, 16, 12, 8) for px in size.sides_px]
@@ -106,7 +113,7 @@ def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: 
     """The plan that training would take, on this GPU or on a smaller card."""
     if card_gib is None:
         return plans_for(config, family, device)[0]
-    return choose(shapes_of(config, family), config, measured(), card_gib * 2**30 - CONTEXT_BYTES, memory_bytes()[1] * HOST_SHARE)[0]
+    return choose(shapes_of(config, family), config, ASSUMED, card_gib * 2**30 - CONTEXT_BYTES, memory_bytes()[1] * HOST_SHARE)[0]
 
 
 def gemm_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -126,6 +133,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 def forget(device: torch.device) -> None:
     """Free what nothing holds any more, and let the peaks start anew."""
+    torch._dynamo.reset()  # what one case compiled must neither help nor hinder the next
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -154,6 +162,8 @@ def time_case(case: Case, folder: Path, family: Flux1, size: Size, accelerator: 
         return result | timed | {"p10_seconds": deciles[0], "p90_seconds": deciles[-1]} | memory(device)
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True} | memory(device)
+    except Exception as error:  # a kernel that fails, a loss that is not finite: the other cases say something all the same
+        return result | {"failed": f"{type(error).__name__}: {error}"} | memory(device)
     finally:
         accelerator.free_memory()  # it keeps what it prepared: a second transformer in the next figure
         forget(device)
@@ -171,20 +181,27 @@ def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: Memor
     return times[WARM_UP_STEPS:], torch.stack(losses).tolist()
 
 
-def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a picture and milliseconds between two LoRAs, ours beside diffusers' pipeline."""
+def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
+    """Seconds of a picture and milliseconds between two LoRAs, ours beside diffusers' pipeline: all that is there, whenever there is more."""
     bench = Bench(family, device, random_conditioning(size, base_dtype(device)), folder, STEPS if device.type == "cuda" else 2)
     bench.write_loras()
+    found: dict[str, Any] = {"pictures": [], "swaps": {}}
     if device.type == "cpu":
-        pictures, kinds = in_turns(bench, CPU_ARMS, 1), {"merged": Settings(), "beside the weights": Settings(mixed=True)}
+        found["pictures"], kinds = in_turns(bench, CPU_ARMS, 1), {"merged": Settings(), "beside the weights": Settings(mixed=True)}
     else:
-        pictures = one_by_one(bench, GPU_ARMS, rounds)
+        for arm in GPU_ARMS:
+            found["pictures"] += one_by_one(bench, (arm,), rounds)
+            yield found
         kinds = {"merged": Settings(precision="bf16"), "fast, merged": Settings(fast=True), "fast, beside the weights": Settings(fast=True, mixed=True)}
-    changes = {"FluxPipeline": plain_swaps(bench)}
-    for name, settings in kinds.items():
+    ways: dict[str, Callable[[], dict[str, Any]]] = {"FluxPipeline": lambda: plain_swaps(bench)}
+    ways |= {name: partial(swaps, bench, settings) for name, settings in kinds.items()}
+    for name, measure in ways.items():
         forget(device)
-        changes[name] = swaps(bench, settings)
-    return {"pictures": pictures, "swaps": changes}
+        try:
+            found["swaps"][name] = measure()
+        except (RuntimeError, UserError) as error:  # out of memory too: the others say something all the same
+            found["swaps"][name] = {"failed": f"{type(error).__name__}: {error}"}
+        yield found
 
 
 def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
@@ -192,8 +209,9 @@ def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
     return {"seconds": seconds, "tflop": tflop, "tflop_per_second": tflop / seconds, "mfu": tflop / seconds / rate}
 
 
-def check(what: str, steps: int, size: Size, device: torch.device) -> dict[str, Any]:
-    """Do it, and return what to write down."""
+def check(what: str, steps: int, size: Size, device: torch.device, out: Path, minutes: float) -> dict[str, Any]:
+    """Do it, and write down what is there after each figure; no training is begun after so many minutes."""
+    end = time.monotonic() + 60 * minutes
     accelerator = Accelerator(cpu=device.type == "cpu")
     rate = gemm_rate(size.gemm, device, base_dtype(device))
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
@@ -205,12 +223,26 @@ def check(what: str, steps: int, size: Size, device: torch.device) -> dict[str, 
         if device.type == "cuda":
             largest = TrainConfig(trigger_word="TOK", model=family.model, resolution=str(size.sides_px[-1]))
             record["attention"] = choose_kernel(max(largest.resolutions_px), family, device)
+        write(out, record)
         parts = PARTS if what in ("train", "all") else tuple(part for part in PARTS if part == what)
         for i, case in enumerate(tqdm([case for part in parts for case in cases(part, size)], desc="trainings", disable=not parts)):
+            if time.monotonic() > end:
+                record["left_out"] = [*record.get("left_out", ()), f"{case.part}: {case.name} {case.settings}"]
+                continue
             record["rows"].append(time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate))
+            write(out, record)
         if what in ("generate", "all"):
-            record["generating"] = time_generating(family, size, device, Path(folder), min(steps, 3))
+            for found in time_generating(family, size, device, Path(folder), min(steps, 3)):
+                write(out, record | {"generating": found})
+            record["generating"] = found
+    write(out, record)
     return record
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """The figures so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def table(record: dict[str, Any]) -> str:
@@ -224,7 +256,8 @@ def table(record: dict[str, Any]) -> str:
         spread = f"{r['p10_seconds']:.3f}-{r['p90_seconds']:.3f}" if "p10_seconds" in r else ""
         peaks = f"{r['peak_allocated_gb']} / {r['peak_reserved_gb']}" if "peak_allocated_gb" in r else ""
         timed = f"{r['seconds']:.3f} | {spread} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%}" if "seconds" in r else " | | | "
-        plan = f"{r.get('plan') or r.get('refused', '')}{': out of memory' if 'out_of_memory' in r else ''}"
+        wrong = ": out of memory" if "out_of_memory" in r else f": {r['failed']}" if "failed" in r else ""
+        plan = f"{r.get('plan') or r.get('refused', '')}{wrong}"
         expected = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""
         lines.append(f"| {r['name']} | {plan} | {timed} | {peaks} | {expected} |")
     if "generating" in record:
@@ -240,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--steps", type=int, default=20, help=f"timed training steps of each training, 2 or more, after {WARM_UP_STEPS} to warm up [default: 20]"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="[default: benchmarks/results/gpu.json]")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after so many [default: no end]")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries this script, measures nothing")
     a = parser.parse_args(arguments)
     try:
@@ -249,12 +283,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script on the CPU)")
         if not a.tiny:
             check_memory(28_000_000_000, "FLUX.1-dev in bf16", "use a GPU with at least 32 GB")
-        record = check(a.what, a.steps, TINY if a.tiny else DEV, torch.device("cpu" if a.tiny else "cuda"))
+        record = check(a.what, a.steps, TINY if a.tiny else DEV, torch.device("cpu" if a.tiny else "cuda"), a.out, a.minutes)
     except UserError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(record))
     return 0
 

@@ -6,6 +6,7 @@ has changed by then is drift. Random weights say nothing of quality, and nothing
 """
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 import torch
-import torch._dynamo
+from accelerate.state import AcceleratorState
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -81,7 +82,7 @@ def makers(family: RandomFlux, size: Size, px: int, count: int, device: torch.de
 
 def timed(make: Callable[[], Arm], steps: int, device: torch.device) -> dict[str, Any]:
     """Seconds of an arm's step, what its first steps took beside that, and its peak memory; or that the memory ran out."""
-    torch._dynamo.reset()  # what one arm compiled must neither help nor hinder the next
+    AcceleratorState._reset_state(reset_partial_state=True)  # the script wants mixed precision of accelerate, and our arms do not
     forget(device)
     try:
         arm = make()
@@ -89,6 +90,8 @@ def timed(make: Callable[[], Arm], steps: int, device: torch.device) -> dict[str
         times = [seconds_of(arm.step, device) for _ in tqdm(range(steps), desc=arm.name, unit="step")]
     except torch.OutOfMemoryError:
         return {"out_of_memory": True} | memory(device)
+    except Exception as error:  # the other arms say something all the same
+        return {"failed": f"{type(error).__name__}: {error}"} | memory(device)
     deciles = quantiles(times, n=10, method="inclusive")
     found = {"median_seconds": median(times), "p10_seconds": deciles[0], "p90_seconds": deciles[-1]}
     return found | {"warm_up_seconds": first - WARM_UP_STEPS * median(times)} | memory(device)
@@ -98,11 +101,12 @@ def table(record: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["| pictures | arm | median | p10 to p90 | peak allocated | ours over it |", "|---|---|---|---|---|---|"]
     for case in record["cases"]:
-        best = min(row["median_seconds"] for name, row in case["arms"].items() if name.startswith(OURS) and "median_seconds" in row)
+        best = min((row["median_seconds"] for name, row in case["arms"].items() if name.startswith(OURS) and "median_seconds" in row), default=math.nan)
         for name, row in case["arms"].items():
             peak = f"{row['peak_allocated_gb']:.1f} GB" if "peak_allocated_gb" in row else "-"
-            if "out_of_memory" in row:
-                lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | out of memory | - | {peak} | - |")
+            if "median_seconds" not in row:
+                wrong = row.get("failed", "out of memory")
+                lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | {wrong} | - | {peak} | - |")
                 continue
             spread = f"{row['p10_seconds']:.3f} to {row['p90_seconds']:.3f} s"
             ratio = f"{best / row['median_seconds']:.2f}"
@@ -123,7 +127,7 @@ def check(tiny: bool) -> tuple[Size, torch.device]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/gpu_train.json"), show_default=True, help="Where the figures go.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(min=2), help="Timed steps of each arm.")
-@click.option("--px", "sides", default="", help="Sides of the pictures in px, by commas. [default: 512,1024]")
+@click.option("--px", "sides", default="", help="Sides of the pictures in px, by commas. [default: 1024,512]")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Photos a step.")
 @click.option("--tiny", is_flag=True, help="A tiny model on the CPU: tries this script, measures nothing.")
 def bench(out: Path, steps: int, sides: str, batch_size: int, tiny: bool) -> None:
@@ -138,7 +142,7 @@ def bench(out: Path, steps: int, sides: str, batch_size: int, tiny: bool) -> Non
     except UserError as error:
         print(f"gpu_train: {error}", file=sys.stderr)
         sys.exit(2)
-    pictures = [int(side) for side in sides.split(",")] if sides else [size.sides_px[0], size.sides_px[-1]]
+    pictures = [int(side) for side in sides.split(",")] if sides else [size.sides_px[-1], size.sides_px[0]]
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "model": size.name, "machine": machine_record(0.0)}
     record |= {"settings": SETTINGS, "timed_steps": steps, "cases": []}

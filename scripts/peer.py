@@ -59,7 +59,9 @@ class Peer:
         optimizer = torch.optim.AdamW(self.parameters, lr=settings["learning_rate"], betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
         rates = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         self.transformer, self.optimizer, self.rates = self.accelerator.prepare(self.plain, optimizer, rates)
-        if compiled:
+        if compiled and on_gpu:  # 57 blocks compiled as one take minutes of a lease; diffusers compiles the two kinds of them
+            self.plain.compile_repeated_blocks()
+        elif compiled:
             self.transformer.compile()
 
     def step(self) -> float:

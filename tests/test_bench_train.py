@@ -2,10 +2,13 @@
 
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 from lorabooth.families import load_family
@@ -64,6 +67,18 @@ def test_the_arms_for_a_gpu_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pyt
     assert list(case["arms"]) == ["lorabooth", "script as it is", "script, encoded ahead"] and case["batch"] == 2
     assert all(0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in case["arms"].values())
     assert done.output.count("| 64 px, batch 2 |") == 3
+
+
+def test_an_arm_may_want_another_precision_of_accelerate_than_the_one_before_it():
+    def arm(precision: str) -> bench_train.Arm:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        return bench_train.Arm(precision, lambda: accelerator.mixed_precision, torch.nn.Identity())
+
+    try:
+        rows = [gpu_train.timed(partial(arm, precision), 2, torch.device("cpu")) for precision in ("no", "bf16", "no")]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all("median_seconds" in row for row in rows), rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would start")

@@ -1,6 +1,9 @@
 """The engine: LoRAs come and go to the bit, batches of different people, pictures to start from, every precision; on the mini model."""
 
 import random
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from infer.loras import LoraChoice
 from infer.plan import ServingPlan
 from infer.request import Request, Source
 from infer.settings import Settings
+from lorabooth.device import check_bf16
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraSpec, save_lora, tensors
@@ -348,17 +352,30 @@ def test_prompts_are_read_together_where_the_encoders_do_not_stay(monkeypatch: p
     assert [pixels(other, prompt=one.prompt).shape for one in requests] and len(loads) == 1
 
 
+@pytest.mark.parametrize(("capability", "native_px", "refused"), [((7, 5), 1024, True), ((7, 5), 128, False), ((8, 0), 1024, False)])
+def test_a_gpu_without_bf16_is_refused_for_a_model_of_flux_size(capability: tuple[int, int], native_px: int, refused: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080 Ti")
+    with pytest.raises(UserError, match=r"bf16, which RTX 2080 Ti \(compute capability 7.5\) lacks") if refused else nullcontext():
+        check_bf16(torch.device("cuda"), native_px, "FLUX.1-dev")
+
+
 def test_where_memory_runs_out_the_next_lighter_plan_makes_the_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     other = Engine("mini", plan=ServingPlan("fp32"))
     other._lighter = [ServingPlan("fp32", swapped=2, loras="stacked"), ServingPlan("int8", loras="stacked")]
-    real = Base.transformer
+    real, loaded, before = Base.transformer, Engine._base, weakref.ref(other.base)
 
     def runs_out(base: Base, loras: list[tuple[Weighted, ...]]) -> FluxTransformer2DModel:
         if not base.plan.swapped:
             raise torch.OutOfMemoryError("no more")
         return real(base, loras)
 
+    def base_of(self: Engine, plan: ServingPlan) -> Base:
+        assert before() is None, "the base that did not fit is gone before the next one comes"
+        return loaded(self, plan)
+
     monkeypatch.setattr(Base, "transformer", runs_out)
+    monkeypatch.setattr(other, "_base", partial(base_of, other))
     assert np.array_equal(pixels(other), pixels(Engine("mini", Settings(swapped=2))))
     assert capsys.readouterr().err.count("note: the GPU's memory ran out with: base fp32") == 1 and other.base.plan.swapped == 2
     monkeypatch.setattr(Base, "transformer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, init_empty_weights
 from diffusers import AutoencoderKL
 
+from lorabooth.runs import RunDir
 from scripts import gpu_check, random_flux
 
 
@@ -35,8 +37,8 @@ def test_a_tiny_model_goes_through_training_and_generation(tmp_path: Path, capsy
     assert gpu_check.main(["all", "--tiny", "--steps", "2", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     trained = [r for r in record["rows"] if r["what"] == "train"]
-    names = [f"{px} px, batch {batch}{kind}" for px in (64, 128) for batch in (1, 4) for kind in ("", ", not compiled")]
-    assert [r["name"] for r in trained if r["part"] == "table"] == names
+    names = [f"{px} px, batch {batch}{kind}" for kind in ("", ", not compiled") for batch in (1, 4) for px in (64, 128)]
+    assert [r["name"] for r in trained if r["part"] == "table"] == [*names, "64 px, batch 1, adamw"]
     assert len({r["plan"] for r in trained if r["part"] == "plans"}) == len(gpu_check.PLANS)
     assert [r["card_gib"] for r in trained if r["part"] == "cards"] == [24, 24, 16, 16, 12, 12, 8, 8]
     assert all(r["seconds_a_picture"] > 0 for r in record["generating"]["pictures"]) and len(record["generating"]["swaps"]) == 3
@@ -44,15 +46,32 @@ def test_a_tiny_model_goes_through_training_and_generation(tmp_path: Path, capsy
     assert all(r["p10_seconds"] <= r["seconds"] <= r["p90_seconds"] and r["estimate_gb"] > 0 for r in trained)
     assert record["gpu"] is None and record["gemm_tflop_per_second"] > 0 and record["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert printed.count("px, ") == 24 and "FluxPipeline, load_lora_weights" in printed and "on the CPU" in printed
+    assert printed.count("px, ") == 25 and "FluxPipeline, load_lora_weights" in printed and "on the CPU" in printed
 
 
-def test_only_what_is_asked_for_is_timed(tmp_path: Path):
-    for part in ("table", "generate"):
-        assert gpu_check.main([part, "--tiny", "--steps", "2", "--out", str(tmp_path / part)]) == 0
-        record = json.loads((tmp_path / part).read_text())
-        assert ("generating" in record) == (part == "generate") and all(r["part"] == part for r in record["rows"])
-        assert bool(record["rows"]) == (part == "table")
+def test_only_what_is_asked_for_is_timed_and_nothing_after_the_last_minute(tmp_path: Path):
+    assert gpu_check.main(["table", "--tiny", "--steps", "2", "--minutes", "0", "--out", str(tmp_path / "gpu.json")]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert "generating" not in record and record["rows"] == []
+    assert len(record["left_out"]) == 9 and all(name.startswith("table: ") for name in record["left_out"])
+
+
+def test_a_case_that_fails_is_a_row_that_says_so_and_what_was_timed_before_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, timed = tmp_path / "gpu.json", gpu_check.step_times
+    seen = []
+
+    def failing(run: RunDir, *others: Any) -> Any:
+        seen.append(json.loads(out.read_text())["rows"])
+        if len(seen) > 1:
+            raise RuntimeError("no kernel image is available")
+        return timed(run, *others)
+
+    monkeypatch.setattr(gpu_check, "step_times", failing)
+    monkeypatch.setattr(gpu_check, "cases", lambda part, _: [gpu_check.Case(part, 64), gpu_check.Case(part, 64)])
+    assert gpu_check.main(["plans", "--tiny", "--steps", "2", "--out", str(out)]) == 0
+    first, second = json.loads(out.read_text())["rows"]
+    assert seen == [[], [first]] and first["seconds"] > 0
+    assert second["failed"] == "RuntimeError: no kernel image is available" and "seconds" not in second
 
 
 def test_a_card_that_is_too_small_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -79,7 +98,9 @@ def test_one_step_is_too_few(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.gpu
-def test_a_model_of_the_true_size_trains_and_generates(tmp_path: Path):
-    assert gpu_check.main(["all", "--steps", "2", "--out", str(tmp_path / "gpu.json")]) == 0
-    record = json.loads((tmp_path / "gpu.json").read_text())
-    assert all(0 < r["mfu"] < 1.1 and r["peak_allocated_gb"] > 20 for r in record["rows"])
+def test_a_model_of_the_true_size_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "cases", lambda part, _: [gpu_check.Case(part, 512), gpu_check.Case(part, 512, card_gib=12)])
+    assert gpu_check.main(["table", "--steps", "2", "--out", str(tmp_path / "gpu.json")]) == 0
+    whole, card = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert 0 < whole["mfu"] < 1.1 and whole["peak_allocated_gb"] > 20
+    assert card["seconds"] > 0 and card["peak_reserved_gb"] < 12 * 2**30 / 1e9

@@ -1,5 +1,6 @@
 """Every optimiser by its name: it learns, and an interrupted run gives the same bytes as one that was not."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +21,12 @@ from train import encode, fit, optimizers
 from train.checkpoint import load_checkpoint, save_checkpoint
 
 NAMES = [name for name in get_args(Optimizer) if name != "auto"]
+
+
+def test_an_optimiser_of_bitsandbytes_does_not_wait_for_the_gpu_after_each_tensor():
+    optimizer = optimizers.MAKERS["adamw8bit"]([{"params": [torch.nn.Parameter(torch.ones(4096))]}])
+    step = inspect.unwrap(next(kind.step for kind in type(optimizer).__mro__ if "step" in vars(kind)))
+    assert "sync_gpu" in step.__code__.co_names and step.__globals__["sync_gpu"].__module__ == "train.optimizers"
 
 
 @pytest.fixture

@@ -13,18 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorabooth import flow
 from lorabooth.cli import main
+from lorabooth.compiled import set_up_for
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.lora import LoraSpec
+from lorabooth.pinned import WASTE, PinnedMemory
+from lorabooth.quantized import put_blocks
 from lorabooth.sizes import GB, blocks_of
 from lorabooth.speed import ASSUMED
 from scripts.bench_train import kept_bytes
 from scripts.random_flux import DEV, write_model
 from train import export, plan
 from train.lean_blocks import lean
-from train.placement import start_plan
+from train.placement import place, start_plan
 from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import shapes_of
 
@@ -62,18 +65,20 @@ def test_shapes_are_counted_without_weights():
     assert whole == shapes_of(config, family)
 
 
-def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed: int = 0, compiled: bool = False) -> float:
+def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed: int = 0, compiled: bool = False, precision: str = "bf16") -> float:
     """bf16 values that a forward pass keeps for its backward, for each of 128 tokens; weights are not counted."""
     transformer = FluxTransformer2DModel(
         in_channels=64, num_layers=doubles, num_single_layers=singles, attention_head_dim=128, num_attention_heads=4, joint_attention_dim=32,
         pooled_projection_dim=16, guidance_embeds=True,
     )  # fmt: skip
     transformer.to(torch.bfloat16).requires_grad_(False)
+    put_blocks(blocks_of(transformer), precision, 0, CPU)
     for p in LoraSpec(rank, rank, targets).attach(transformer, 0):
         p.data = p.data.to(torch.bfloat16)
     lean(transformer, remake=True)
-    start_plan(transformer, MemoryPlan("bf16", recomputed, 0, False), CPU, random=False)
+    start_plan(transformer, MemoryPlan(precision, recomputed, 0, False), CPU, random=False)
     transformer.train()
+    set_up_for(blocks_of(transformer))
     for block in blocks_of(transformer) if compiled else ():
         block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     conditioning = Conditioning(torch.randn(1, 64, 32).bfloat16(), torch.randn(1, 16).bfloat16())
@@ -100,6 +105,11 @@ def test_compiled_blocks_keep_what_is_reckoned(targets: str):
         assert counted - one == pytest.approx(plan.SAVED[targets]["compiled"][i] * 512 + plan.SAVED_RANKS[targets][i] * 16, rel=0.03)
 
 
+def test_compiled_blocks_do_not_keep_the_wide_copies_of_quantized_weights():
+    counted = {precision: saved_values(1, 1, "attention+ff", 16, compiled=True, precision=precision) for precision in ("bf16", "int8")}
+    assert counted["int8"] == pytest.approx(counted["bf16"], rel=0.01)
+
+
 def test_a_run_that_is_compiled_is_reckoned_with_what_the_compiler_keeps(dev: str):
     shapes, fastest = shapes_of(recipe(dev), load_family(dev)), MemoryPlan("bf16", 0, 0, False)
 
@@ -119,6 +129,18 @@ def test_a_run_that_is_compiled_is_reckoned_with_what_the_compiler_keeps(dev: st
 def test_modulation_is_never_computed_ahead_where_a_lora_sits_on_it(dev: str, settings: dict[str, object], ahead: bool):
     config = recipe(dev, **settings)
     assert any(found.precomputed for found in plan.candidates(shapes_of(config, load_family(dev)), config)) == ahead
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_blocks_in_host_memory_take_what_is_reckoned(ahead: bool, monkeypatch: pytest.MonkeyPatch):
+    family, taken = load_family("mini"), []
+    keep = PinnedMemory.keep
+    monkeypatch.setattr(PinnedMemory, "keep", lambda self, tensor: taken.append(tensor.numel()) or keep(self, tensor))
+    shapes, transformer, chosen = shapes_of(recipe("mini"), family), family.transformer(CPU, torch.float32), MemoryPlan("fp32", 6, 6, ahead)
+    place(transformer, chosen, CPU)
+    start_plan(transformer, chosen, CPU, random=False)
+    reckoned = plan.estimate(chosen, shapes, recipe("mini"), ASSUMED).host_bytes / WASTE
+    assert 4 * (sum(taken) + shapes.modulation * ahead) == pytest.approx(reckoned)  # without a GPU what is computed ahead stays where it is
 
 
 def test_a_recomputed_block_keeps_its_input_only():
@@ -157,7 +179,7 @@ def test_gpus_that_divide_the_base_hold_their_part_and_two_blocks(dev: str):
     config, shapes = recipe(dev), shapes_of(recipe(dev), load_family(dev))
     together = choose(shapes, config, ASSUMED, 40 * GB, HOST_BYTES, 2)[0]
     assert (together.plan.precision, together.plan.swapped, together.plan.precomputed, together.plan.shards) == ("bf16", 0, False, 2)
-    largest = max(shapes.blocks) + shapes.modulation // 57
+    largest = max(shapes.whole_blocks)
     assert together.items["base"] == pytest.approx(sum(shapes.blocks) + shapes.modulation + 2 * 2 * largest + 2 * shapes.rest)
     assert choose(shapes, config, ASSUMED, 20 * GB, HOST_BYTES, 2)[0].plan.precision == "bf16", "24 GB of weights do not fit into 20 GB, halves do"
     with pytest.raises(UserError, match=r"a base divided among GPUs \(FSDP\) stays on them and in bf16"):

@@ -18,7 +18,7 @@ from lorabooth.quantized import QuantizedLinear, quantized
 from lorabooth.runs import RunDir
 from lorabooth.sizes import blocks_of
 from tests.test_processes import untrained
-from train import encode, fit, objective, plan
+from train import encode, fit, objective, plan, planning
 from train import trainer as trainer_room
 from train.lean_blocks import lean
 from train.placement import place, start_plan
@@ -201,7 +201,7 @@ def full_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return [best, plan.Estimate(MemoryPlan("fp32", 6, 2, False), {"base": 0.0}, 0.0, 1.0)]
 
     monkeypatch.setattr(fit, "train_step", fails)
-    monkeypatch.setattr(fit, "plans_for", two_plans)
+    monkeypatch.setattr(planning, "plans_for", two_plans)
 
 
 @pytest.mark.usefixtures("full_once")
@@ -213,6 +213,44 @@ def test_a_run_that_does_not_fit_goes_on_with_the_next_plan(tiny_run: Path, tmp_
     plans = [(row["step"], row["plan"]) for row in rows if row.get("event") == "plan"]
     assert plans == [(0, "base fp32, nothing recomputed"), (2, "base fp32, 6 blocks recomputed, 2 blocks in host memory")]
     assert all(torch.equal(a, b) for a, b in zip(fit.final_weights(run), fit.final_weights(RunDir(tiny_run)), strict=True)), "no step was lost or done twice"
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_in_while_that_fits(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def plans(config: TrainConfig, *_: object) -> list[plan.Estimate[MemoryPlan]]:
+        bytes_of = {"bf16": 10.0, "int8": 5.0, "nf4": 2.0}
+        found = [(precision, size) for precision, size in bytes_of.items() if size <= free and config.precision in ("auto", precision)]
+        if not found:
+            raise UserError("this training needs more")
+        return [plan.Estimate(MemoryPlan(precision, 0, 0, False), {"base": size}, 0.0, 1.0) for precision, size in found]
+
+    monkeypatch.setattr(planning, "plans_for", plans)
+    checkpoint = max(run.checkpoints.iterdir())
+
+    def precisions(begun_in: object) -> list[str]:
+        record = json.loads((checkpoint / "state.json").read_text())
+        (checkpoint / "state.json").write_text(json.dumps(record | {"precision": begun_in}))
+        return [e.plan.precision for e in planning.plans_to_go_on(run, load_family("mini"), CPU)]
+
+    assert json.loads((checkpoint / "state.json").read_text())["precision"] == "fp32"
+    free = 20.0
+    assert precisions("bf16") == precisions("of another version") == precisions(None) == ["bf16", "int8", "nf4"]
+    assert precisions("int8") == ["int8", "nf4"] and not capsys.readouterr().err
+    free = 5.0
+    assert precisions("bf16") == ["int8", "nf4"]
+    assert "so far the base was in bf16, and from here on in int8: this training needs more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "share"), [(None, 1.0), ("4", 0.25)])
+def test_processes_of_one_machine_share_its_memory(processes: str | None, share: float, monkeypatch: pytest.MonkeyPatch):
+    given = []
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(planning, "memory_bytes", lambda: (128e9, 100e9))
+    monkeypatch.setattr(planning, "choose", lambda *arguments: given.append(arguments[4]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20e9, 24e9))
+    planning.plans_for(TrainConfig(trigger_word="TOK", model="mini"), load_family("mini"), torch.device("cuda"))
+    assert given == [planning.HOST_SHARE * 100e9 * share]
 
 
 @pytest.mark.usefixtures("full_once")

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorabooth.checkpoints import check_shapes, folders, verified
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
+from lorabooth.sizes import BYTES
 
 KEPT = 2
 
@@ -31,6 +32,8 @@ class TrainState:
     ema: list[Tensor]
     optimizer: torch.optim.Optimizer
     optimizer_name: str
+    precision: str
+    """Of the base's linears."""
 
 
 def save_checkpoint(run: RunDir, state: TrainState) -> None:
@@ -55,7 +58,7 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
             # Cloned: bitsandbytes' states share one table, and a safetensors file holds no shared tensors.
             write_durable(part / name, save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}))
         hashes = {file.name: sha256_file(file) for file in part.iterdir()}
-        record = {"step": state.step, "optimizer_name": state.optimizer_name, "optimizer": optimizer, "sha256": hashes}
+        record = {"step": state.step, "optimizer_name": state.optimizer_name, "optimizer": optimizer, "precision": state.precision, "sha256": hashes}
         write_durable(part / "state.json", json.dumps(record).encode())
         sync_folder(part)
         publish(part, folder)
@@ -65,6 +68,13 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
     later = [other for other in _folders(run) if other.name > folder.name]  # damaged, or the run would stand behind them
     for old in (*later, *_folders(run)[len(later) + KEPT :]):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def saved_precision(run: RunDir) -> str | None:
+    """The base's precision at the newest checkpoint that verifies; None without one."""
+    record = next(filter(None, map(verified, _folders(run))), None)
+    precision = record.get("precision") if record else None
+    return precision if precision in BYTES else None
 
 
 def load_checkpoint(run: RunDir, state: TrainState) -> None:

@@ -38,7 +38,7 @@ from train.lean_blocks import lean
 from train.objective import drawn, loss_of
 from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
-from train.planning import plans_for
+from train.planning import plans_for, plans_to_go_on
 from train.preview import preview
 from train.trackers import end_trackers, start_trackers
 from train.trainer import Trainer
@@ -57,7 +57,7 @@ def run(run_dir: RunDir) -> None:
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(config.tracker_names) or None, project_dir=run_dir.path / "tensorboard")
     # Only one process writes; the others compute. The lock is taken by the writer.
     with run_dir.locked() if accelerator.is_main_process else nullcontext():
-        estimates = plans_for(config, family, device, shards_of(accelerator))
+        estimates = plans_to_go_on(run_dir, family, device, shards_of(accelerator))
         if accelerator.num_processes > 1:  # GPUs may differ: all take the plan of the smallest
             estimates = min(gather_object([estimates]), key=lambda found: found[0].bytes)
         plan = estimates[0].plan
@@ -144,7 +144,7 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
     name = optimizers.chosen(config, device)
     ema = [p.detach().clone() for p in parameters]
     untrained = [p.detach().clone() for p in live] if config.asks_base else []
-    state = TrainState(0, parameters, ema, optimizers.build(name, dict(zip(names, parameters, strict=True)), config), name)
+    state = TrainState(0, parameters, ema, optimizers.build(name, dict(zip(names, parameters, strict=True)), config), name, plan.precision)
     # A step takes one batch from the sampler, and each process its part of it.
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorabooth.families.flux1 import NORMS
+from lorabooth.pinned import PinnedMemory
 from lorabooth.sizes import blocks_of, linears
 
 Key = tuple[float, float, bytes]
@@ -43,13 +44,14 @@ class Modulation:
         self.dtype = next(transformer.parameters()).dtype
         self.linears: list[nn.Linear] = []
         self.given: list[Given] = []
+        host = PinnedMemory(pin=True) if device.type == "cuda" else None
         for block in blocks_of(transformer):
             for name, linear in [(n, m) for n, m in linears(block) if re.fullmatch(NORMS, n)]:
                 given = Given()
                 block.set_submodule(name, given)
                 self.given.append(given)
                 for p in linear.parameters():
-                    p.data = p.data.cpu().pin_memory() if device.type == "cuda" else p.data
+                    p.data = host.keep(p.data) if host else p.data
                 self.linears.append(linear)
         self.rows: list[Tensor] = []
         self.known: dict[Key, int] = {}

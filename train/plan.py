@@ -17,6 +17,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import NORMS, VAE_SCALE
 from lorabooth.lora import LoraSpec
+from lorabooth.pinned import WASTE
 from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
 from lorabooth.speed import Speed
 
@@ -87,16 +88,15 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     """What a plan takes for the largest picture of the recipe, and its mean time over all of them."""
     each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     count = len(shapes.blocks)
-    swapped = shapes.blocks[count - plan.swapped :]
-    resident = sum(shapes.blocks) - sum(swapped)
+    blocks = shapes.blocks if plan.precomputed else shapes.whole_blocks
+    swapped = blocks[count - plan.swapped :]
     # Two places for the blocks that come and go: one at work, one on its way.
     slots = 2 * max(swapped, default=0)
-    modulation = 0.0 if plan.precomputed else float(shapes.modulation)
     if plan.shards > 1:
-        slots = 2 * (max(shapes.blocks) + shapes.modulation // count)
+        slots = 2 * max(blocks)
     tokens = config.batch_size * max(_tokens(shapes, px) for px in config.resolutions_px)
     items = {
-        "base": ((resident + modulation) / plan.shards + slots) * each + shapes.rest * wide,
+        "base": ((sum(blocks) - sum(swapped)) / plan.shards + slots) * each + shapes.rest * wide,
         "text encoder": shapes.text_encoder * wide,
         # In the base's precision: live, their gradients, the start where the base is asked; in fp32: master copy, its gradient, averaged weights.
         "LoRA": shapes.lora * ((2 * wide if wide == 2 else 0) + 3 * 4 + (wide if config.asks_base else 0)),
@@ -107,7 +107,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
-    host = sum(swapped) * each + (shapes.modulation * wide if plan.precomputed else 0)
+    host = WASTE * (sum(swapped) * each + (shapes.modulation * wide if plan.precomputed else 0))
     seconds = sum(_seconds(plan, shapes, config, speed, px) for px in config.resolutions_px) / len(config.resolutions_px)
     return Estimate(plan, items, host, seconds)
 
@@ -168,10 +168,10 @@ def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     computing = ((2 + recomputed) * products + (3 + recomputed) * attention) / (speed.tflop * MFU)
     if plan.precision not in ("bf16", "fp32"):  # read, write as bf16, in each pass
         computing += (2 + recomputed) * sum(shapes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
-    weights = sum(shapes.blocks[count - plan.swapped :]) * BYTES[plan.precision]
+    weights = sum((shapes.blocks if plan.precomputed else shapes.whole_blocks)[count - plan.swapped :]) * BYTES[plan.precision]
     moving = 2 * weights / (speed.host_gb * GB)
     if plan.shards > 1:  # what the others have comes over the same bus, or a faster one
-        moving = 2 * (sum(shapes.blocks) + shapes.modulation) * BYTES[plan.precision] * (1 - 1 / plan.shards) / (speed.host_gb * GB)
+        moving = 2 * sum(shapes.whole_blocks) * BYTES[plan.precision] * (1 - 1 / plan.shards) / (speed.host_gb * GB)
     ahead = shapes.modulation * 2 / (speed.host_gb * GB) / WINDOW if plan.precomputed else 0.0
     return (max(computing, moving) + ahead) * config.gradient_accumulation
 

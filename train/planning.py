@@ -1,15 +1,21 @@
 """Which plans fit the machine at hand: the arithmetic of train/plan.py on what is free here."""
 
+import os
 from dataclasses import replace
 
 import torch
 
 from lorabooth.config import TrainConfig
+from lorabooth.device import check_bf16
+from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
 from lorabooth.machine import memory_bytes
+from lorabooth.notes import note
+from lorabooth.runs import RunDir
 from lorabooth.sizes import Estimate
 from lorabooth.speed import Speed, measured
+from train.checkpoint import saved_precision
 from train.plan import MemoryPlan, Shapes, choose, estimate
 
 HOST_SHARE = 0.8
@@ -23,9 +29,12 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: 
     """
     shapes = shapes_of(config, family)
     if device.type == "cuda":
+        check_bf16(device, family.native_px, config.model)
         speed = measured()
         torch.cuda.empty_cache()  # what the measuring took is free again
-        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], memory_bytes()[1] * HOST_SHARE, shards)
+        # The processes of one machine share its memory (torchrun and accelerate say how many they are).
+        host_bytes = memory_bytes()[1] * HOST_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], host_bytes, shards)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
     words = {"auto": count if swapped else 0, "none": 0, "all": count}
@@ -34,6 +43,20 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: 
     precision = "fp32" if config.precision in ("auto", "bf16") else config.precision
     plan = MemoryPlan(precision, recomputed, swapped, bool(config.precompute_modulation), shards)
     return [estimate(plan, shapes, config, Speed(0.1, 10, 10, "the CPU"))]
+
+
+def plans_to_go_on(run: RunDir, family: Flux1, device: torch.device, shards: int = 1) -> list[Estimate[MemoryPlan]]:
+    """As `plans_for`; a run that was begun goes on with its base in the precision it had, where a plan with that fits, and lighter ones come after."""
+    config = run.config
+    found, before = plans_for(config, family, device, shards), saved_precision(run)
+    if before in (None, found[0].plan.precision):
+        return found
+    try:
+        same = plans_for(config.model_copy(update={"precision": before}), family, device, shards)
+    except UserError as error:
+        note(f"so far the base was in {before}, and from here on in {found[0].plan.precision}: {error.message}")
+        return found
+    return [*same, *(other for other in found if other.bytes < same[-1].bytes)]
 
 
 def shapes_of(config: TrainConfig, family: Flux1) -> Shapes:
