@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from infer.engine import Engine, fitted
+from infer.finish_options import FACES_LIMIT
 from infer.likeness import Likeness
 from infer.loras import LoraChoice
 from infer.progress import Progress, part_of
@@ -26,7 +27,6 @@ NOISE = {"subtle": 0.44, "normal": 0.58, "strong": 0.76}
 third of the steps is .45 at 512 px and .58 at 1024. These are 0.2, 0.3 and 0.5 of them at 1024; Stable Diffusion's usual 0.4 is like 0.2."""
 LARGE = 0.1
 """Share of a picture of native size. The square around such a face would be enlarged by 1 / (2 * sqrt(0.1)), 1.6 times: little is gained."""
-FACES_LIMIT = 8
 FEATHER = 0.2
 """Of the oval's radius, over which the new face fades into the old picture."""
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+FACES_LIMIT = 8
+"""Faces of a picture that are redrawn, at most."""
+
 
 @dataclass(frozen=True)
 class FinishOptions:

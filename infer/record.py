@@ -7,7 +7,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from infer import picture
-from infer.detail import FACES_LIMIT
+from infer.finish_options import FACES_LIMIT
 from infer.request import PROMPT_CHARACTERS_LIMIT
 from lorabooth.errors import UserError
 

@@ -33,10 +33,10 @@ RUNS = "runs/*/lora.safetensors"
 
 
 def make_again(
-    path: Path, references: Sequence[str], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool, as_json: bool
-) -> None:
-    """Make the picture at `path` again, write it to `out` or beside the old one, and print whether it is the same."""
-    record = Record.of(path)
+    path: Path, record: Record, references: Sequence[str], image: Path | None, mask: Path | None, model: str | None, out: Path | None, filtered: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Make the picture at `path`, with what it says of its making, again; write it to `out` or beside the old one, and print whether it is the same."""
     file = out or _free(path)
     form = FORM_OF.get(file.suffix.lower())
     if form is None:

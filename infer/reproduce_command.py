@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from infer.options import filter_option
+from infer.record import Record
 from lorabooth.imports import heavy_imports
 
 
@@ -30,7 +31,8 @@ def reproduce(
     Example, a picture of somebody else:
       lorabooth reproduce portrait.webp --lora runs/TOK-photos
     """
+    record = Record.of(path)
     with heavy_imports():
         from infer.reproduce import make_again
 
-    make_again(path, references, image, mask, model, out, filtered, as_json)
+    make_again(path, record, references, image, mask, model, out, filtered, as_json)

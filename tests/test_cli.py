@@ -65,6 +65,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         ("grid", "TOK", "--lora", "none"),
         ("plan", "--model", "mimi"),
         ("loras", "info", "none"),
+        ("reproduce", "none.png"),
     ],
     ids=" ".join,
 )

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from infer import picture, spots
-from infer.detail import FACES_LIMIT, NOISE, Detail, face_prompt, face_seed, oval_mask, redraw_faces
+from infer.detail import NOISE, Detail, face_prompt, face_seed, oval_mask, redraw_faces
 from infer.engine import Engine
 from infer.finish import Finishing
-from infer.finish_options import FinishOptions
+from infer.finish_options import FACES_LIMIT, FinishOptions
 from infer.loras import LoraChoice, resolve
 from infer.request import Request, Source
 from infer.spots import Spot
