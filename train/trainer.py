@@ -76,8 +76,14 @@ class Trainer:
         if not self.mixed:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.live]
-        for p, gradient in zip(self.state.parameters, gradients, strict=True):
-            p.grad = gradient.float() if p.grad is None else p.grad.add_(gradient)
+        wide = [torch.empty_like(p) for p in self.state.parameters]
+        torch._foreach_copy_(wide, gradients)  # a kernel for many, not one for each of 836
+        before = [p.grad for p in self.state.parameters if p.grad is not None]
+        if before:
+            torch._foreach_add_(before, wide)
+        else:
+            for p, gradient in zip(self.state.parameters, wide, strict=True):
+                p.grad = gradient
         for p in self.live:
             p.grad = None
 
