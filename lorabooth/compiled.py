@@ -18,24 +18,26 @@ VARIANTS = 64
 and runs what comes then uncompiled, without a word."""
 
 
-def set_up_for(blocks: list[nn.Module]) -> None:
-    """Set torch's compiler up for blocks like these."""
+def set_up_for(blocks: list[nn.Module], sparing: bool = False) -> None:
+    """Set torch's compiler up for blocks like these. sparing: they compute cheap things twice instead of keeping them for the backward pass."""
     torch._dynamo.config.recompile_limit = VARIANTS
     # A quantized weight is made wide in the forward pass and again in the backward pass. The compiler sees one expression written twice and would keep what
     # it gave: each weight of every block in bf16, beside the small one.
     torch._functorch.config.cse = not any(isinstance(module, QuantizedLinear) for block in blocks for module in block.modules())
+    torch._functorch.config.ban_recompute_materialized_backward = not sparing
 
 
-def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callable[[], None], otherwise: str) -> bool:
+def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callable[[], None], otherwise: str, sparing: bool = False) -> bool:
     """Compile blocks and run them once by `warm_up`; where the compiler fails, one line says so, they go on as they were, and False comes back.
 
     dynamic: whether pictures have several shapes; None: seen when the second comes. otherwise: what goes on without, as the line names it.
+    sparing: as of `set_up_for`.
     """
     # What is compiled is kept on the disk between starts, and not in a folder of /tmp. The attention kernel is in it, and torch finds it again whichever
     # is chosen by then, so each has a folder of its own.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    set_up_for(blocks)
+    set_up_for(blocks, sparing)
     for block in blocks:
         block.compile(dynamic=dynamic)
     try:

@@ -33,7 +33,7 @@ def compile_blocks(trainer: Trainer) -> None:
     try:
         blocks = blocks_of(trainer.transformer)
         as_one = len(blocks) <= FEW and len(shapes) == 1 and not trainer.plan.recomputed
-        try_compiled([trainer.transformer] if as_one else blocks, len(shapes) > 1, each_shape, "training")
+        try_compiled([trainer.transformer] if as_one else blocks, len(shapes) > 1, each_shape, "training", sparing=trainer.plan.recomputed > 0)
     finally:
         for p in trainer.live:
             p.grad = None

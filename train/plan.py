@@ -22,12 +22,21 @@ from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_S
 from lorabooth.speed import Speed
 
 SAVED: dict[str, dict[str, tuple[float, float]]] = {
-    "attention": {"lean": (13.2, 12.1), "compiled": (13.2, 12.1), "dropout": (22.1, 19.1), "DoRA": (23.1, 20.1), "DoRA and dropout": (30.1, 25.1)},
-    "attention+ff": {"lean": (14.3, 12.2), "compiled": (18.2, 17.1), "dropout": (32.1, 31.1), "DoRA": (38.1, 35.1), "DoRA and dropout": (50.1, 47.1)},
-    "all-linear": {"lean": (18.3, 14.2), "compiled": (24.2, 21.0), "dropout": (36.2, 33.1), "DoRA": (43.0, 37.4), "DoRA and dropout": (54.1, 49.1)},
-}
+    "attention": {
+        "lean": (13.2, 12.1), "compiled": (13.2, 12.1), "sparing": (12.2, 11.1),
+        "dropout": (22.1, 19.1), "DoRA": (23.1, 20.1), "DoRA and dropout": (30.1, 25.1),
+    },
+    "attention+ff": {
+        "lean": (14.3, 12.2), "compiled": (18.2, 17.1), "sparing": (12.2, 16.1),
+        "dropout": (32.1, 31.1), "DoRA": (38.1, 35.1), "DoRA and dropout": (50.1, 47.1),
+    },
+    "all-linear": {
+        "lean": (18.3, 14.2), "compiled": (19.2, 18.1), "sparing": (13.2, 17.1),
+        "dropout": (36.2, 33.1), "DoRA": (43.0, 37.4), "DoRA and dropout": (54.1, 49.1),
+    },
+}  # fmt: skip
 """What a (double, single) block keeps for its backward, for each token: multiples of the width in bf16 values, by what computes it: train/lean.py,
-the compiler, or PEFT's own layers."""
+the compiler, the compiler where some blocks have no room (lorabooth/compiled.py), or PEFT's own layers."""
 SAVED_RANKS = {"attention": (4, 3), "attention+ff": (6, 5), "all-linear": (6, 5)}
 """Multiples of the rank besides."""
 SAVED_BY_CLIP = (4.0, 2.0)
@@ -146,7 +155,7 @@ def _widths(plan: MemoryPlan, shapes: Shapes, config: TrainConfig) -> tuple[floa
     loose = [name for name, given in (("DoRA", config.use_dora), ("dropout", config.lora_dropout)) if given]
     compiled = wanted(config.compile_blocks, plan, torch.device("cuda"), config.steps)
     targets = _targets(shapes, config)
-    double, single = SAVED[targets][" and ".join(loose) or ("compiled" if compiled else "lean")]
+    double, single = SAVED[targets][" and ".join(loose) or (("sparing" if plan.recomputed else "compiled") if compiled else "lean")]
     more = SAVED_BY_CLIP if config.train_text_encoder and targets != "all-linear" else (0.0, 0.0)
     return double + more[0], single + more[1]
 
