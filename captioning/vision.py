@@ -92,8 +92,12 @@ class VisionCaptioner:
         except torch.OutOfMemoryError:
             return None
         except BROKEN as error:
-            raise UserError(f"it fails: {first_line(error)}") from error
-        return [self._answer(tokens) for tokens in said]
+            why = first_line(error)
+        else:
+            return [self._answer(tokens) for tokens in said]
+        del loaded
+        self._release(keep_model=False)  # the next captioner needs its place
+        raise UserError(f"it fails: {why}")
 
     def _inputs(self, pictures: list[Image.Image]) -> Any:
         """Prompts [B, L], padded at the left, and what the model sees of the pictures."""

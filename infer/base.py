@@ -14,7 +14,7 @@ from lorabooth.compiled import try_compiled
 from lorabooth.families.flux1 import VAE_SCALE, Conditioning, Flux1
 from lorabooth.notes import note
 from lorabooth.quantized import put_blocks, put_rest
-from lorabooth.sizes import blocks_of, linears
+from lorabooth.sizes import blocks_of, linears, spread
 from lorabooth.swap import BlockSwap
 
 CPU = torch.device("cpu")
@@ -77,7 +77,8 @@ class Base:
         else:
             self._merged = LiveWeights(transformer, self.device if plan.untouched_on == "gpu" else CPU, untouched)
         if plan.swapped:
-            swap = BlockSwap(blocks_of(transformer)[-plan.swapped :], self.device)
+            blocks = blocks_of(transformer)
+            swap = BlockSwap([blocks[i] for i in spread(len(blocks), plan.swapped)], self.device)
             assert self._stacked, "blocks that come and go cannot have LoRAs merged into them"
             self._stacked.before_reading = swap.settle
         return transformer

@@ -47,14 +47,16 @@ class Drawing:
         """
         engine = self.engine
         engine.read([*requests, *self.finishing.later(requests, self.choices, engine.family.model == "mini")], self.choices)
-        computed = engine.record() | ({} if self.form == "png" else {"output_quality": self.quality})
+        lossy = {} if self.form == "png" else {"output_quality": self.quality}
         numbers = Numbers(self.out, self.form)
         with Writer(self.quality, self.content_filter.score if self.content_filter else None) as writer, closing(self._drawn(requests)) as drawn:
             for finished in self.finishing.finish(engine, drawn, self.choices):
-                making = picture.Making(finished.request, finished.output.seed, engine.family.model, self.choices, computed | finished.more)
+                making = picture.Making(
+                    finished.request, finished.output.seed, engine.family.model, self.choices, finished.output.computed | lossy | finished.more
+                )
                 writer.put(numbers, finished.output.image, making)
             written = writer.results()
-        rows = [_row(one, computed) for one in written]
+        rows = [_row(one, engine.record() | lossy) for one in written]
         shown = [one for one in written if not one.filtered]
         return rows + ([self._sheet(requests[0], shown)] if len(shown) > 1 else [])
 

@@ -7,7 +7,7 @@ in fp32 that holds to the bit; on a GPU batches of other sizes are rounded diffe
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Output:
 
     image: Image.Image
     seed: int
+    computed: dict[str, Any] = field(default_factory=dict)
+    """How, as `Engine.record` tells it: a lighter plan may have been taken on the way."""
 
 
 class Engine:
@@ -106,6 +108,12 @@ class Engine:
 
     def read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...] = ()) -> None:
         """Encode the prompts of requests that come, all at once: where the text encoders do not stay, they are loaded once for all."""
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self._read(requests, loras)
+            self._lighten()
+
+    def _read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...]) -> None:
         _, clip = self.adapters.weighted(loras)
         for request in requests:
             for prompt in (request.prompt, request.negative_prompt)[: 1 + (request.true_cfg_scale > 1)]:
@@ -162,7 +170,7 @@ class Engine:
                 "the numbers ran over while the picture was made", hint="a LoRA's weight is too high, or a LoRA is damaged: try without, and with lower weights"
             )
         images = [sampling.decode(self.family, self.base.vae(), row[None])[0] for row in latents]
-        return [Output(_pasted(image, source), piece.seed) for image, source, piece in zip(images, sources, pieces, strict=True)]
+        return [Output(_pasted(image, source), piece.seed, self.record()) for image, source, piece in zip(images, sources, pieces, strict=True)]
 
     def _additions(self, pieces: list[Piece]) -> list[tuple[tuple[Weighted, ...], tuple[Weighted, ...]]]:
         """What the pieces' LoRAs add to the transformer and to CLIP."""

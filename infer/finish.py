@@ -78,7 +78,7 @@ class Finishing:
             with face_bar() as progress:
                 done = redraw_faces(engine, request, output.seed, output.image, loras, self.detail, self.likeness, progress=progress)
             say(f"seed {output.seed}: {_told(len(done.faces), sum(face.kept for face in done.faces), done.large)}")
-            yield Finished(request, Output(done.image, output.seed), more | {"detail": done.record(self.detail)})
+            yield Finished(request, replace(output, image=done.image), more | {"detail": done.record(self.detail)})
 
     def _chosen(self, drawn: Iterable[tuple[Request, Output]]) -> Iterator[tuple[Request, Output, dict[str, Any]]]:
         if self.best_of is None or self.likeness is None:

@@ -6,8 +6,8 @@ from itertools import product
 
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import VAE_SCALE
-from lorabooth.pinned import WASTE
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
+from lorabooth.pinned import pinned_bytes
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, spread, steps_down
 from lorabooth.speed import Speed
 
 STEPS = 28
@@ -24,6 +24,10 @@ SWAPS = 0.25
 DISK_SECONDS = 12.0
 """Reading the text encoders anew, for each new prompt."""
 ENCODERS = ("gpu", "host", "disk")
+ENCODERS_SHARE = 0.14
+"""Of the text encoders, what is on the GPU where T5's blocks come from host memory: CLIP, T5's table of tokens, and places for two of its 24 blocks."""
+FP8_WORKSPACE = 22.0
+"""What fp8 products hold besides, in the units of WORKSPACE: their input in fp32 and what comes of it on the way to fp8."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
     """What a plan takes of the GPU, of the host, and of time."""
     sizes, each, wide = needs.sizes, BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     blocks = sizes.whole_blocks
-    swapped = blocks[len(blocks) - plan.swapped :]
+    swapped = [blocks[i] for i in spread(len(blocks), plan.swapped)]
     linears = sum(blocks)
     tokens = needs.batch * (sizes.text_tokens + needs.tokens)
     stack = (
@@ -79,18 +83,18 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
     )  # a linear of width x width has width numbers on either side
     pixels = needs.tokens * (2 * VAE_SCALE) ** 2
     decoding = DECODE_BYTES_PX * (min(pixels, TILE_PX**2) if plan.tiled else pixels)
-    sampling = tokens * 2 * WORKSPACE * sizes.width + (0 if each >= 2 else 2 * sizes.largest * wide)
+    sampling = tokens * 2 * (WORKSPACE + (FP8_WORKSPACE if plan.precision == "fp8" else 0)) * sizes.width + (0 if each >= 2 else 2 * sizes.largest * wide)
     items = {
         "base": (linears - sum(swapped) + 2 * max(swapped, default=0)) * each + sizes.rest * wide,
         "untouched weights": linears * wide if plan.loras == "merged" and plan.untouched_on == "gpu" else 0.0,
         "LoRAs": plan.ready_bytes + (stack if plan.loras == "stacked" else 0.0),
-        "text encoders": needs.encoder_bytes if plan.encoders == "gpu" else 0.0,
+        "text encoders": needs.encoder_bytes * {"gpu": 1.0, "host": ENCODERS_SHARE, "disk": 0.0}[plan.encoders],
         "VAE": needs.vae_bytes,
-        "at work": max(sampling, decoding, 1.5 * GB),
+        "at work": max(sampling, decoding, 1.5 * GB, ENCODERS_SHARE * needs.encoder_bytes if plan.encoders == "disk" else 0.0),
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
-    host = WASTE * sum(swapped) * each + (linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
-    host += needs.encoder_bytes if plan.encoders == "host" else 0
+    host = pinned_bytes(sum(swapped) * each) + pinned_bytes(linears * wide if plan.loras == "merged" and plan.untouched_on == "host" else 0)
+    host += pinned_bytes(needs.encoder_bytes) if plan.encoders == "host" else 0
     seconds = needs.steps * max(_computing(plan, needs, speed), sum(swapped) * each / (speed.host_gb * GB))
     seconds += {"gpu": 0.1, "host": needs.encoder_bytes / (speed.host_gb * GB), "disk": DISK_SECONDS}[plan.encoders]
     if plan.loras == "merged" and plan.untouched_on == "host":

@@ -14,12 +14,15 @@ from lorabooth.notes import note
 from lorabooth.quantized import QuantizedLinear
 
 VARIANTS = 64
-"""Compilations of a kind of block: shapes of pictures, times what of a batch is preserved or swapped, times with and without gradients. torch stops at 8,
-and runs what comes then uncompiled, without a word."""
+"""Compilations of all kinds of blocks together: shapes of pictures, times what of a batch is preserved or swapped, times with and without gradients.
+torch stops at 8, and runs what comes then uncompiled, without a word."""
 
 
 def set_up_for(blocks: list[nn.Module], sparing: bool = False) -> None:
-    """Set torch's compiler up for blocks like these. sparing: they compute cheap things twice instead of keeping them for the backward pass."""
+    """Set torch's compiler up for blocks like these, for the thread that calls and no other.
+
+    sparing: they compute cheap things twice instead of keeping them for the backward pass.
+    """
     torch._dynamo.config.recompile_limit = VARIANTS
     # A quantized weight is made wide in the forward pass and again in the backward pass. The compiler sees one expression written twice and would keep what
     # it gave: each weight of every block in bf16, beside the small one.

@@ -6,27 +6,36 @@ torch rounds each pinned allocation up to a power of two (ATen/core/CachingHostA
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**29
+CHUNK_BYTES = 2**30
 ALIGNED = 256
 """Bytes at whose multiples tensors begin, as CUDA's allocator has them."""
 WASTE = 1.1
-"""What the chunks hold over what is in them, at most, with FLUX's matrices of up to 94 MB: each ends where the next one would not have fitted."""
+"""What full chunks hold over what is in them, at most, with FLUX's matrices of up to 113 MB: each ends where none of the next ones would have fitted."""
+
+
+def pinned_bytes(size: float) -> float:
+    """What so many bytes of FLUX's matrices take in `PinnedMemory`: the last chunk is as large as the others."""
+    return WASTE * size + CHUNK_BYTES if size else 0.0
 
 
 class PinnedMemory:
-    """Chunks of pinned memory that tensors are put into one behind the other; they are freed together. pin: not without a GPU."""
+    """Chunks of pinned memory that tensors are put into, each into the first that has room for it; they are freed together. pin: not without a GPU."""
 
     def __init__(self, pin: bool, chunk_bytes: int = CHUNK_BYTES):
         self.pin, self.chunk_bytes = pin, chunk_bytes
         self.chunks: list[Tensor] = []
-        self._used = 0
+        self._used: list[int] = []
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor in this memory."""
-        size = tensor.numel() * tensor.element_size()
-        if not self.chunks or self._used + size > len(self.chunks[-1]):
+        return self.reserve(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def reserve(self, size: int) -> Tensor:
+        """Room for so many bytes, uint8 [size]."""
+        chosen = next((i for i, chunk in enumerate(self.chunks) if self._used[i] + size <= len(chunk)), len(self.chunks))
+        if chosen == len(self.chunks):
             self.chunks.append(torch.empty(max(size, self.chunk_bytes), dtype=torch.uint8, pin_memory=self.pin))
-            self._used = 0
-        place = self.chunks[-1][self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
-        self._used += -(-size // ALIGNED) * ALIGNED
-        return place.copy_(tensor)
+            self._used.append(0)
+        start = self._used[chosen]
+        self._used[chosen] += -(-size // ALIGNED) * ALIGNED
+        return self.chunks[chosen][start : start + size]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorabooth.errors import UserError
-from lorabooth.sizes import linears
+from lorabooth.sizes import linears, spread
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """The largest number that the format holds; e4m3's for fp8."""
@@ -35,12 +35,13 @@ def quantized(linear: nn.Linear, precision: str, device: torch.device) -> nn.Lin
 
 
 def put_blocks(blocks: list[nn.Module], precision: str, swapped: int, device: torch.device) -> None:
-    """Move a transformer's blocks from host memory to a device one by one, their linears stored in a precision; the last `swapped` go back to the host."""
+    """Move a transformer's blocks from host memory to a device one by one, their linears stored in a precision; `swapped` of them go back to the host."""
+    away = spread(len(blocks), swapped)
     for i, block in enumerate(blocks):
         if precision not in ("bf16", "fp32"):
             for name, linear in linears(block):
                 block.set_submodule(name, quantized(linear, precision, device))
-        block.to("cpu" if i >= len(blocks) - swapped else device)
+        block.to("cpu" if i in away else device)
 
 
 def put_rest(transformer: nn.Module, device: torch.device) -> None:

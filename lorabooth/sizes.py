@@ -107,6 +107,11 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in transformer.get_submodule(name).children()]
 
 
+def spread(count: int, some: int) -> tuple[int, ...]:
+    """Places of `some` blocks among `count`, evenly apart: while one is on its way, those between compute."""
+    return tuple((2 * i + 1) * count // (2 * some) for i in range(some))
+
+
 def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linears of a block by name."""
     return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]

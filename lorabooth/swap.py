@@ -26,12 +26,15 @@ class Place:
 
 
 class BlockSwap:
-    """Keeps the frozen matrices of some blocks in (pinned) host memory; two places on the device hold the one at work and the next."""
+    """Keeps the frozen matrices of some blocks in host memory; two places on the device hold the one at work and the next.
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device):
+    pin: a copy in memory that the GPU reads at full speed, beside what it does; without it the matrices stay where they are, and a copy waits.
+    """
+
+    def __init__(self, blocks: list[nn.Module], device: torch.device, pin: bool = True):
         self.device, self.at = device, -1
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        host, most = PinnedMemory(pin=self.stream is not None), 0
+        host, most = PinnedMemory(pin=True) if pin and self.stream is not None else None, 0
         self.places: list[list[Place]] = []
         for block in blocks:
             places, size = self._packed(block, host)
@@ -46,14 +49,14 @@ class BlockSwap:
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, i=i: self.bring(i))
 
-    def _packed(self, block: nn.Module, host: PinnedMemory) -> tuple[list[Place], int]:
+    def _packed(self, block: nn.Module, host: PinnedMemory | None) -> tuple[list[Place], int]:
         """The block's frozen matrices in host memory, and the bytes that they take on the device; the rest of it goes to the device for good."""
         matrices = [p for p in block.parameters() if p.ndim == 2 and not p.requires_grad]
         for small in (*block.buffers(), *(p for p in block.parameters() if p.ndim != 2 or p.requires_grad)):
             small.data = small.data.to(self.device)
         places, end = [], 0
         for p in matrices:
-            places.append(Place(p, host.keep(p.data), end))
+            places.append(Place(p, host.keep(p.data) if host else p.data, end))
             p.data = places[-1].host
             end += -(-p.numel() * p.element_size() // ALIGNED) * ALIGNED
         return places, end

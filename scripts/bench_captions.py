@@ -7,6 +7,7 @@ be, for random weights never come to an end: a true one is shorter, so the figur
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
@@ -40,13 +41,12 @@ def write_photos(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def time_precision(model: Path, photos: list[Path], precision: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def time_precision(model: Path, photos: list[Path], precision: str, rounds: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each batch size: seconds of a batch, photos and new tokens a second, peak memory."""
     forget(device)
     captioner = VisionCaptioner(str(model), prompt_of(TrainConfig(trigger_word="TOK")), precision)
     load_seconds = seconds_of(lambda: captioner.loaded, device)
     captioner.loaded.model.generation_config.min_new_tokens = NEW_TOKENS
-    rows = []
     for batch in BATCHES:
         captioner.caption(photos[:batch])  # warm-up
         forget(device)
@@ -54,12 +54,12 @@ def time_precision(model: Path, photos: list[Path], precision: str, rounds: int,
         seconds, deciles = median(times), quantiles(times, n=10, method="inclusive")
         figures = {"seconds": seconds, "p10_seconds": deciles[0], "p90_seconds": deciles[-1], "load_seconds": load_seconds}
         figures |= {"photos_per_second": batch / seconds, "new_tokens_per_second": batch * NEW_TOKENS / seconds}
-        rows.append({"precision": precision, "batch": batch} | figures | memory(device))
-    return rows
+        yield {"precision": precision, "batch": batch} | figures | memory(device)
 
 
-def measure(size: LlavaSize, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Both precisions, each at every batch size."""
+def measure(size: LlavaSize, device: torch.device, rounds: int, out: Path) -> dict[str, Any]:
+    """Both precisions, each at every batch size; each row is written as soon as it is there, and what fails is one that says so."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "machine": machine_record(os.getloadavg()[0])}
     record["machine"]["versions"] |= {name: installed_version(name) for name in LIBRARIES}
@@ -68,7 +68,13 @@ def measure(size: LlavaSize, device: torch.device, rounds: int) -> dict[str, Any
         photos = write_photos(Path(folder), max(BATCHES))
         model = write_llava(Path(folder) / "model", size, device, base_dtype(device))
         for precision in tqdm(PRECISIONS, desc=size.name):
-            record["rows"] += time_precision(model, photos, precision, rounds, device)
+            try:
+                for row in time_precision(model, photos, precision, rounds, device):
+                    record["rows"].append(row)
+                    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            except Exception as error:
+                record["rows"].append({"precision": precision, "failed": f"{type(error).__name__}: {error}"})
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -77,6 +83,9 @@ def table(record: dict[str, Any]) -> str:
     lines = [f"{record['model']} on {record['gpu'] or 'the CPU'}; {record['new_tokens']} new tokens a photo", ""]
     lines += ["| precision | photos at once | photos a second | seconds a batch (p10-p90) | loading, s | peak allocated, GB |", "|---|---|---|---|---|---|"]
     for r in record["rows"]:
+        if "failed" in r:
+            lines.append(f"| {r['precision']} | {r['failed']} | | | | |")
+            continue
         spread = f"{r['seconds']:.2f} ({r['p10_seconds']:.2f}-{r['p90_seconds']:.2f})"
         lines.append(
             f"| {r['precision']} | {r['batch']} | {r['photos_per_second']:.2f} | {spread} | {r['load_seconds']:.1f} | {r.get('peak_allocated_gb', '')} |"
@@ -97,9 +106,7 @@ def bench(out: Path, rounds: int, tiny: bool) -> None:
     """
     if not tiny and not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU, and a LLaVA of the true size needs one (--tiny tries this script on the CPU)")
-    record = measure(TINY if tiny else SEVEN_B, torch.device("cpu" if tiny else "cuda"), rounds)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = measure(TINY if tiny else SEVEN_B, torch.device("cpu" if tiny else "cuda"), rounds, out)
     click.echo(table(record))
 
 

@@ -31,7 +31,6 @@ from infer.request import Request
 from infer.settings import Settings
 from lorabooth import hub
 from lorabooth.device import base_dtype
-from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import TARGETS, Conditioning, Flux1
 from lorabooth.layout import sizes_of
@@ -199,8 +198,8 @@ def one_by_one(bench: Bench, arms: tuple[Arm, ...], rounds: int) -> list[dict[st
             make = arm.build(bench)
             first = seconds_of(make, bench.device)
             rows.append(_row(arm, [seconds_of(make, bench.device) for _ in range(rounds)]) | {"first_seconds": first})
-        except (UserError, torch.OutOfMemoryError) as error:
-            rows.append({"arm": arm.name, "failed": str(error).splitlines()[0]})
+        except Exception as error:  # the other arms say something all the same
+            rows.append({"arm": arm.name, "failed": (str(error).splitlines() or [type(error).__name__])[0]})
         rows[-1] |= {"peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9, "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
         make = None
     torch.cuda.set_per_process_memory_fraction(1.0)

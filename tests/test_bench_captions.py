@@ -27,6 +27,20 @@ def test_a_tiny_model_is_timed_in_both_precisions_at_every_batch_size(tmp_path: 
     assert "| nf4 | 8 |" in done.output and "on the CPU" in done.output
 
 
+def test_a_precision_that_fails_is_a_row_and_the_other_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def rows(_: Path, __: list[Path], precision: str, *___: object):
+        if precision == "nf4":
+            raise RuntimeError("no kernel for it")
+        yield {"precision": precision, "batch": 1, "seconds": 1.0}
+
+    monkeypatch.setattr(bench_captions, "time_precision", rows)
+    monkeypatch.setattr(bench_captions, "table", str)
+    out = tmp_path / "captions.json"
+    assert CliRunner().invoke(bench_captions.bench, ["--tiny", "--rounds", "2", "--out", str(out)]).exit_code == 0
+    kept, failed = json.loads(out.read_text())["rows"]
+    assert kept["seconds"] == 1 and failed == {"precision": "nf4", "failed": "RuntimeError: no kernel for it"}
+
+
 def test_the_large_model_has_the_size_of_llava_1_5_7b():
     config = LlavaConfig(
         text_config=random_llava.SEVEN_B.text | {"model_type": "llama"}, vision_config=random_llava.SEVEN_B.vision | {"model_type": "clip_vision_model"}

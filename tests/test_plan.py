@@ -1,6 +1,7 @@
 """Memory plans: the arithmetic against what torch keeps, the choice for each card, and the command."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,15 +18,16 @@ from lorabooth.compiled import set_up_for
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
-from lorabooth.families.flux1 import Conditioning
+from lorabooth.families.flux1 import NORMS, Conditioning
 from lorabooth.lora import LoraSpec
-from lorabooth.pinned import WASTE, PinnedMemory
+from lorabooth.pinned import PinnedMemory, pinned_bytes
 from lorabooth.quantized import put_blocks
-from lorabooth.sizes import GB, blocks_of
+from lorabooth.sizes import GB, blocks_of, linears, spread
 from lorabooth.speed import ASSUMED
+from lorabooth.swap import BlockSwap
 from scripts.bench_train import kept_bytes
 from scripts.random_flux import DEV, write_model
-from train import export, plan
+from train import export, placement, plan
 from train.lean_blocks import lean
 from train.placement import place, start_plan
 from train.plan import MemoryPlan, Shapes, choose, fitting
@@ -142,18 +144,35 @@ def test_modulation_is_never_computed_ahead_where_a_lora_sits_on_it(dev: str, se
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_blocks_in_host_memory_take_what_is_reckoned(ahead: bool, monkeypatch: pytest.MonkeyPatch):
-    family, taken = load_family("mini"), []
-    keep = PinnedMemory.keep
-    monkeypatch.setattr(PinnedMemory, "keep", lambda self, tensor: taken.append(tensor.numel()) or keep(self, tensor))
+    family, made = load_family("mini"), []
+    monkeypatch.setattr(placement, "BlockSwap", lambda *arguments: made.append(BlockSwap(*arguments)))
     shapes, transformer, chosen = shapes_of(recipe("mini"), family), family.transformer(CPU, torch.float32), MemoryPlan("fp32", 6, 6, ahead)
     place(transformer, chosen, CPU)
     start_plan(transformer, chosen, CPU, random=False)
-    reckoned = plan.estimate(chosen, shapes, recipe("mini"), ASSUMED).host_bytes / WASTE
-    assert 4 * (sum(taken) + shapes.modulation * ahead) == pytest.approx(reckoned)  # without a GPU what is computed ahead stays where it is
+    [swap] = made
+    taken = [4 * sum(place.host.numel() for places in swap.places for place in places), 4 * shapes.modulation * ahead]
+    assert plan.estimate(chosen, shapes, recipe("mini"), ASSUMED).host_bytes == sum(map(pinned_bytes, taken))
+
+
+def test_pinned_memory_takes_no_more_than_is_reckoned(dev: str):
+    transformer = load_family(dev).empty_transformer().to(torch.bfloat16)
+    for some in ((True, False), (True,), (False,)):  # all matrices, those of the modulation, those without
+        memory, size = PinnedMemory(pin=False), 0  # which nobody writes into, so it is none yet
+        for block in blocks_of(transformer):
+            for name, linear in linears(block):
+                if (re.fullmatch(NORMS, name) is not None) in some:
+                    memory.reserve(linear.weight.nbytes)
+                    size += linear.weight.nbytes
+        assert sum(map(len, memory.chunks)) <= pinned_bytes(size)
 
 
 def test_a_recomputed_block_keeps_its_input_only():
     assert saved_values(1, 2, "attention+ff", 16, recomputed=3) - saved_values(1, 1, "attention+ff", 16, recomputed=2) == pytest.approx(512, rel=0.01)
+
+
+@pytest.mark.parametrize(("some", "places"), [(0, ()), (1, (5,)), (3, (1, 5, 8)), (10, tuple(range(10)))])
+def test_blocks_that_come_and_go_are_evenly_apart(some: int, places: tuple[int, ...]):
+    assert spread(10, some) == places
 
 
 # The choice

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lorabooth.quantized import put_blocks, put_rest
-from lorabooth.sizes import blocks_of
+from lorabooth.sizes import blocks_of, spread
 from lorabooth.swap import BlockSwap
 from train.modulation import Modulation
 from train.plan import MemoryPlan
@@ -39,10 +39,10 @@ def shard(transformer: nn.Module) -> None:
 
 
 def start_plan(transformer: nn.Module, plan: MemoryPlan, device: torch.device, random: bool) -> None:
-    """Recompute the first blocks and swap the last ones, after the LoRA was put on. random: whether a block draws random numbers (dropout)."""
+    """Recompute the first blocks and swap what the plan swaps, after the LoRA was put on. random: whether a block draws random numbers (dropout)."""
     blocks = blocks_of(transformer)
     if plan.swapped:
-        BlockSwap(blocks[len(blocks) - plan.swapped :], device)
+        BlockSwap([blocks[i] for i in spread(len(blocks), plan.swapped)], device)
     if not plan.recomputed:
         return
     # The first ones: when their turn comes in the backward pass, the activations of those behind them are gone already.

@@ -17,8 +17,8 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import NORMS, VAE_SCALE
 from lorabooth.lora import LoraSpec
-from lorabooth.pinned import WASTE
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, steps_down
+from lorabooth.pinned import pinned_bytes
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, spread, steps_down
 from lorabooth.speed import Speed
 
 SAVED: dict[str, dict[str, tuple[float, float]]] = {
@@ -98,7 +98,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     count = len(shapes.blocks)
     blocks = shapes.blocks if plan.precomputed else shapes.whole_blocks
-    swapped = blocks[count - plan.swapped :]
+    swapped = [blocks[i] for i in spread(count, plan.swapped)]
     # Two places for the blocks that come and go: one at work, one on its way.
     slots = 2 * max(swapped, default=0)
     if plan.shards > 1:
@@ -116,7 +116,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "dequantised weights": 0.0 if plan.precision in ("bf16", "fp32") else 2 * shapes.largest * wide,
     }
     items["reserve"] = RESERVE_BYTES + RESERVE_SHARE * sum(items.values())
-    host = WASTE * (sum(swapped) * each + (shapes.modulation * wide if plan.precomputed else 0))
+    host = pinned_bytes(sum(swapped) * each) + pinned_bytes(shapes.modulation * wide if plan.precomputed else 0)
     seconds = sum(_seconds(plan, shapes, config, speed, px) for px in config.resolutions_px) / len(config.resolutions_px)
     return Estimate(plan, items, host, seconds)
 
@@ -177,7 +177,8 @@ def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     computing = ((2 + recomputed) * products + (3 + recomputed) * attention) / (speed.tflop * MFU)
     if plan.precision not in ("bf16", "fp32"):  # read, write as bf16, in each pass
         computing += (2 + recomputed) * sum(shapes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
-    weights = sum((shapes.blocks if plan.precomputed else shapes.whole_blocks)[count - plan.swapped :]) * BYTES[plan.precision]
+    blocks = shapes.blocks if plan.precomputed else shapes.whole_blocks
+    weights = sum(blocks[i] for i in spread(count, plan.swapped)) * BYTES[plan.precision]
     moving = 2 * weights / (speed.host_gb * GB)
     if plan.shards > 1:  # what the others have comes over the same bus, or a faster one
         moving = 2 * sum(shapes.whole_blocks) * BYTES[plan.precision] * (1 - 1 / plan.shards) / (speed.host_gb * GB)

@@ -23,6 +23,8 @@ from lorabooth import flow, hub, mini
 from lorabooth.device import sent
 from lorabooth.errors import UserError
 from lorabooth.licences import Licence, licence_of
+from lorabooth.machine import memory_bytes
+from lorabooth.pinned import pinned_bytes
 from lorabooth.swap import BlockSwap
 
 transformers_logging.disable_progress_bar()  # a bar for the tensors of each encoder would hide ours
@@ -252,17 +254,19 @@ def t5_length(tokenizer: T5Tokenizer) -> int:
 
 
 def fitted_encoder(encoder: T5EncoderModel, device: torch.device, free_bytes: float | None = None) -> T5EncoderModel:
-    """T5 (9.5 GB for FLUX.1-dev in bf16) on a device; where that has not the room, its blocks come from host memory one after the other."""
+    """T5 (9.5 GB for FLUX.1-dev in bf16) on a device; where that has not the room, its blocks come from host memory one after the other; from pinned
+    memory, where there is enough for a copy."""
     if free_bytes is None:
         free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    if sum(p.numel() * p.element_size() for p in encoder.parameters()) + T5_WORKSPACE_BYTES < free_bytes:
+    size = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    if size + T5_WORKSPACE_BYTES < free_bytes:
         return _frozen(encoder, device)
     blocks = list(encoder.encoder.block)
     swapped = {id(p) for block in blocks for p in block.parameters()}
     for p in encoder.parameters():
         if id(p) not in swapped:
             p.data = p.data.to(device)
-    BlockSwap(blocks, device)
+    BlockSwap(blocks, device, pin=pinned_bytes(size) < memory_bytes()[1])
     return encoder
 
 
