@@ -32,7 +32,8 @@ def test_random_weights_are_neither_zero_nor_missing(tmp_path: Path):
         assert not any(p.requires_grad or p.is_meta for p in module.parameters())
 
 
-def test_a_tiny_model_goes_through_training_and_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_tiny_model_goes_through_training_and_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "WARM_UP_STEPS", 1)
     out = tmp_path / "results" / "gpu.json"
     assert gpu_check.main(["all", "--tiny", "--steps", "2", "--out", str(out)]) == 0
     record = json.loads(out.read_text())

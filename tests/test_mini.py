@@ -104,7 +104,7 @@ def test_it_draws_what_unseen_descriptions_say(mini_pipe: FluxPipeline) -> None:
     """A small sample of what `python -m scripts.mini evaluate` measures on 300. The floor is what the present weights reach
     (0.99 on average; a model deaf to the text 0.19) with room for chance; docs/BENCHMARKS.md has each attribute."""
     rng = random.Random("another sample")
-    truths = [world.sample_person(rng) for _ in range(24)]
+    truths = [world.sample_person(rng) for _ in range(12)]
     scores = likeness.score(generated(mini_pipe, [world.describe(p, rng) for p in truths]), truths)
     assert likeness.mean(scores, world.ATTRIBUTES) >= 0.95, scores
 
