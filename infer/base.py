@@ -77,8 +77,7 @@ class Base:
         else:
             self._merged = LiveWeights(transformer, self.device if plan.untouched_on == "gpu" else CPU, untouched)
         if plan.swapped:
-            blocks = blocks_of(transformer)
-            swap = BlockSwap([blocks[i] for i in spread(len(blocks), plan.swapped)], self.device)
+            swap = BlockSwap(spread(blocks_of(transformer), plan.swapped), self.device)
             assert self._stacked, "blocks that come and go cannot have LoRAs merged into them"
             self._stacked.before_reading = swap.settle
         return transformer

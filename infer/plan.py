@@ -75,7 +75,7 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
     """What a plan takes of the GPU, of the host, and of time."""
     sizes, each, wide = needs.sizes, BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     blocks = sizes.whole_blocks
-    swapped = [blocks[i] for i in spread(len(blocks), plan.swapped)]
+    swapped = spread(blocks, plan.swapped)
     linears = sum(blocks)
     tokens = needs.batch * (sizes.text_tokens + needs.tokens)
     stack = (

@@ -36,12 +36,12 @@ def quantized(linear: nn.Linear, precision: str, device: torch.device) -> nn.Lin
 
 def put_blocks(blocks: list[nn.Module], precision: str, swapped: int, device: torch.device) -> None:
     """Move a transformer's blocks from host memory to a device one by one, their linears stored in a precision; `swapped` of them go back to the host."""
-    away = spread(len(blocks), swapped)
-    for i, block in enumerate(blocks):
+    away = spread(blocks, swapped)
+    for block in blocks:
         if precision not in ("bf16", "fp32"):
             for name, linear in linears(block):
                 block.set_submodule(name, quantized(linear, precision, device))
-        block.to("cpu" if i in away else device)
+        block.to("cpu" if block in away else device)
 
 
 def put_rest(transformer: nn.Module, device: torch.device) -> None:

@@ -4,6 +4,7 @@ All sizes are bytes of 10**9 to the GB.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
@@ -64,6 +65,7 @@ class BaseSizes:
 
 
 Plan = TypeVar("Plan")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,9 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in transformer.get_submodule(name).children()]
 
 
-def spread(count: int, some: int) -> tuple[int, ...]:
-    """Places of `some` blocks among `count`, evenly apart: while one is on its way, those between compute."""
-    return tuple((2 * i + 1) * count // (2 * some) for i in range(some))
+def spread(blocks: Sequence[Item], some: int) -> list[Item]:
+    """Those of the blocks (or of their sizes) that come and go, evenly apart: while one is on its way, those between compute."""
+    return [blocks[(2 * i + 1) * len(blocks) // (2 * some)] for i in range(some)]
 
 
 def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -4,7 +4,6 @@ It goes the way of a user's captions, `captioning.vision`, from files on the dis
 be, for random weights never come to an end: a true one is shorter, so the figures are a lower bound.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype
 from lorabooth.machine import installed_version
 from scripts.bench_startup import machine_record
-from scripts.gpu_check import forget, memory, seconds_of
+from scripts.gpu_check import forget, memory, seconds_of, write
 from scripts.random_llava import SEVEN_B, TINY, LlavaSize, write_llava
 
 BATCHES = (1, 8)
@@ -59,7 +58,6 @@ def time_precision(model: Path, photos: list[Path], precision: str, rounds: int,
 
 def measure(size: LlavaSize, device: torch.device, rounds: int, out: Path) -> dict[str, Any]:
     """Both precisions, each at every batch size; each row is written as soon as it is there, and what fails is one that says so."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "machine": machine_record(os.getloadavg()[0])}
     record["machine"]["versions"] |= {name: installed_version(name) for name in LIBRARIES}
@@ -71,10 +69,10 @@ def measure(size: LlavaSize, device: torch.device, rounds: int, out: Path) -> di
             try:
                 for row in time_precision(model, photos, precision, rounds, device):
                     record["rows"].append(row)
-                    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    write(out, record)
             except Exception as error:
                 record["rows"].append({"precision": precision, "failed": f"{type(error).__name__}: {error}"})
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(out, record)
     return record
 
 

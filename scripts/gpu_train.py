@@ -5,7 +5,6 @@ compiled, by the plan that training would take. They run one after another, for 
 has changed by then is drift. Random weights say nothing of quality, and nothing is claimed of it.
 """
 
-import json
 import math
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from lorabooth.families.flux1_dev import CONFIGS
 from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
 from scripts.bench_train import AHEAD, AS_IT_IS, COMPILED, OURS, OURS_COMPILED, SETTINGS, Arm, our_arm
-from scripts.gpu_check import WARM_UP_STEPS, forget, memory
+from scripts.gpu_check import WARM_UP_STEPS, forget, memory, write
 from scripts.peer import Batch, Peer
 from scripts.random_flux import DEV, TINY, RandomFlux, Size, random_conditioning, write_model
 
@@ -146,7 +145,6 @@ def bench(out: Path, steps: int, sides: str, batch_size: int, tiny: bool) -> Non
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "model": size.name, "machine": machine_record(0.0)}
     record |= {"settings": SETTINGS, "timed_steps": steps, "cases": []}
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         family = write_model(Path(name) / "model", size)
         if gpu:
@@ -156,7 +154,7 @@ def bench(out: Path, steps: int, sides: str, batch_size: int, tiny: bool) -> Non
             record["cases"].append(case)
             for title, make in makers(family, size, px, batch_size, device, Path(name)).items():
                 case["arms"][title] = timed(make, steps, device)
-                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")  # a lease that ends takes no finished arm with it
+                write(out, record)  # a lease that ends takes no finished arm with it
     click.echo(table(record))
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from lorabooth.checkpoints import check_shapes, folders, verified
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
-from lorabooth.sizes import BYTES
 
 KEPT = 2
 
@@ -73,8 +72,7 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
 def saved_precision(run: RunDir) -> str | None:
     """The base's precision at the newest checkpoint that verifies; None without one."""
     record = next(filter(None, map(verified, _folders(run))), None)
-    precision = record.get("precision") if record else None
-    return precision if precision in BYTES else None
+    return record.get("precision") if record else None
 
 
 def load_checkpoint(run: RunDir, state: TrainState) -> None:

@@ -42,7 +42,7 @@ def start_plan(transformer: nn.Module, plan: MemoryPlan, device: torch.device, r
     """Recompute the first blocks and swap what the plan swaps, after the LoRA was put on. random: whether a block draws random numbers (dropout)."""
     blocks = blocks_of(transformer)
     if plan.swapped:
-        BlockSwap([blocks[i] for i in spread(len(blocks), plan.swapped)], device)
+        BlockSwap(spread(blocks, plan.swapped), device)
     if not plan.recomputed:
         return
     # The first ones: when their turn comes in the backward pass, the activations of those behind them are gone already.

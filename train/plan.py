@@ -96,9 +96,8 @@ class Shapes(BaseSizes):
 def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed) -> Estimate[MemoryPlan]:
     """What a plan takes for the largest picture of the recipe, and its mean time over all of them."""
     each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
-    count = len(shapes.blocks)
-    blocks = shapes.blocks if plan.precomputed else shapes.whole_blocks
-    swapped = [blocks[i] for i in spread(count, plan.swapped)]
+    blocks = _blocks(plan, shapes)
+    swapped = spread(blocks, plan.swapped)
     # Two places for the blocks that come and go: one at work, one on its way.
     slots = 2 * max(swapped, default=0)
     if plan.shards > 1:
@@ -119,6 +118,11 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     host = pinned_bytes(sum(swapped) * each) + pinned_bytes(shapes.modulation * wide if plan.precomputed else 0)
     seconds = sum(_seconds(plan, shapes, config, speed, px) for px in config.resolutions_px) / len(config.resolutions_px)
     return Estimate(plan, items, host, seconds)
+
+
+def _blocks(plan: MemoryPlan, shapes: Shapes) -> tuple[int, ...]:
+    """The weights of each block as the plan has them; the modulation computed ahead is no part of them."""
+    return shapes.blocks if plan.precomputed else shapes.whole_blocks
 
 
 def _ahead(shapes: Shapes, config: TrainConfig) -> float:
@@ -177,8 +181,7 @@ def _seconds(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     computing = ((2 + recomputed) * products + (3 + recomputed) * attention) / (speed.tflop * MFU)
     if plan.precision not in ("bf16", "fp32"):  # read, write as bf16, in each pass
         computing += (2 + recomputed) * sum(shapes.blocks) * (BYTES[plan.precision] + 2) / (speed.memory_gb * GB)
-    blocks = shapes.blocks if plan.precomputed else shapes.whole_blocks
-    weights = sum(blocks[i] for i in spread(count, plan.swapped)) * BYTES[plan.precision]
+    weights = sum(spread(_blocks(plan, shapes), plan.swapped)) * BYTES[plan.precision]
     moving = 2 * weights / (speed.host_gb * GB)
     if plan.shards > 1:  # what the others have comes over the same bus, or a faster one
         moving = 2 * sum(shapes.whole_blocks) * BYTES[plan.precision] * (1 - 1 / plan.shards) / (speed.host_gb * GB)

@@ -49,7 +49,7 @@ def plans_to_go_on(run: RunDir, family: Flux1, device: torch.device, shards: int
     """As `plans_for`; a run that was begun goes on with its base in the precision it had, where a plan with that fits, and lighter ones come after."""
     config = run.config
     found, before = plans_for(config, family, device, shards), saved_precision(run)
-    if before not in BEST_FIRST or before == found[0].plan.precision:  # fp32 is a CPU's: a run that was begun there is refused where it is read
+    if before not in BEST_FIRST or before == found[0].plan.precision:  # none yet, or fp32, a CPU's: such a run is refused where it is read
         return found
     try:
         same = plans_for(config.model_copy(update={"precision": before}), family, device, shards)
