@@ -8,6 +8,7 @@ from captioning.styles import prompt_of
 from captioning.template import TemplateCaptioner
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.imports import heavy_imports
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 QWEN = "Qwen/Qwen2-VL-2B-Instruct"
@@ -47,7 +48,8 @@ def captioners(config: TrainConfig) -> list[Captioner]:
     local = wanted and Path(wanted).expanduser().is_dir()
     if wanted != "auto" and not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted):
         raise UserError(f"unknown caption_model {wanted!r}", hint=f"give auto, template, a hub repository such as {LLAVA}, or a local folder")
-    from captioning.vision import VisionCaptioner  # imports torch and transformers
+    with heavy_imports():
+        from captioning.vision import VisionCaptioner
 
     others = (LLAVA, QWEN) if _has_gpu() else ()
     models = dict.fromkeys(others if wanted == "auto" else (wanted, *others))
@@ -55,6 +57,7 @@ def captioners(config: TrainConfig) -> list[Captioner]:
 
 
 def _has_gpu() -> bool:
-    import torch
+    with heavy_imports():
+        import torch
 
     return torch.cuda.is_available()

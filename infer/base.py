@@ -39,17 +39,21 @@ class Base:
         """Whether the pictures of one batch may have different LoRAs."""
         return self.plan.loras == "stacked"
 
-    def transformer(self, loras: list[tuple[Weighted, ...]]) -> FluxTransformer2DModel:
-        """The transformer for a batch: LoRAs for each of its pictures; all the same where this base does not mix them."""
-        if self._transformer is None:
-            self._transformer = self._placed()
-            self._make_fast(self._transformer)
+    def transformer(self, loras: list[tuple[Weighted, ...]], size_px: tuple[int, int] | None = None) -> FluxTransformer2DModel:
+        """The transformer for a batch: LoRAs for each of its pictures; all the same where this base does not mix them.
+
+        size_px: width and height of the pictures, which the first batch is compiled for.
+        """
+        first = self._transformer is None
+        transformer = self._transformer = self._transformer or self._placed()
         if self._stacked:
             self._stacked.choose(loras)
         elif self._merged:
             assert all(one == loras[0] for one in loras), "merged LoRAs are the same for a whole batch"
             self._merged.apply(loras[0])
-        return self._transformer
+        if first:
+            self._make_fast(transformer, len(loras), size_px or (self.family.native_px, self.family.native_px))
+        return transformer
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
@@ -82,14 +86,16 @@ class Base:
             self._stacked.before_reading = swap.settle
         return transformer
 
-    def _make_fast(self, transformer: FluxTransformer2DModel) -> None:
-        """The attention kernel that is fastest here, a cache of steps, compiled blocks."""
+    def _make_fast(self, transformer: FluxTransformer2DModel, batch: int, size_px: tuple[int, int]) -> None:
+        """The attention kernel that is fastest here, compiled blocks, a cache of steps."""
         if self.device.type == "cuda":
-            choose_kernel(self.family.native_px, self.family, self.device)
-        if self.cache != "off":
+            choose_kernel(self.family.native_px, self.family, self.device, gradients=False)
+        if self.fast:
+            self._compile(transformer, batch, size_px)
+        if self.cache != "off":  # its hooks run around what is compiled
             transformer.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLDS[self.cache]))
-        if not self.fast:
-            return
+
+    def _compile(self, transformer: FluxTransformer2DModel, batch: int, size_px: tuple[int, int]) -> None:
         if self.plan.swapped or self.plan.precision == "nf4":
             note(f"not compiled, for that does not go together with: {self.plan}")
             return
@@ -97,8 +103,8 @@ class Base:
         def warm_up() -> None:
             for _ in tqdm(range(1), desc="compile (once, a minute or two)", unit="shape"):
                 config = transformer.config
-                tokens = torch.zeros(1, self.family.text_tokens, config.joint_attention_dim)
-                conditioning = Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim))
-                sampling.denoise(self.family, transformer, conditioning, sampling.noise(0, self.family.native_px, self.family.native_px), 1, 3.5)
+                tokens = torch.zeros(batch, self.family.text_tokens, config.joint_attention_dim)
+                conditioning = Conditioning(tokens, torch.zeros(batch, config.pooled_projection_dim))
+                sampling.denoise(self.family, transformer, conditioning, sampling.noise(0, *size_px).expand(batch, -1, -1, -1), 1, 3.5)
 
         try_compiled(blocks_of(transformer), None, warm_up, "generating")

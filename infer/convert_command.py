@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from lorabooth import keys
+from lorabooth.imports import heavy_imports
 
 RANKS = click.IntRange(1, 1024)
 
@@ -36,8 +37,9 @@ def convert(references: tuple[str, ...], form: str, dtype: str | None, rank: int
     Example, two made one, of rank 32:
       lorabooth convert runs/TOK-photos:0.9 style.safetensors:0.5 --format kohya --rank 32 --out both.safetensors
     """
-    from infer.convert import write
-    from infer.loras import resolve
+    with heavy_imports():
+        from infer.convert import write
+        from infer.loras import resolve
 
     write(tuple(resolve(reference) for reference in references), form, dtype, rank, out)
 
@@ -53,6 +55,7 @@ def export(run: Path, raw: bool, form: str, dtype: str | None, rank: int | None,
     Example:
       lorabooth export runs/TOK-photos --format comfyui --out ComfyUI/models/loras/TOK.safetensors
     """
-    from infer.convert import export_run
+    with heavy_imports():
+        from infer.convert import export_run
 
     export_run(run, raw, form, dtype, rank, out)

@@ -4,6 +4,8 @@ import json
 
 import click
 
+from lorabooth.imports import heavy_imports
+
 EXIT_DIFFERENT = 1
 
 
@@ -24,8 +26,9 @@ def diff(context: click.Context, a: str, b: str, top: int, as_json: bool) -> Non
     Example, how far two versions are from each other:
       lorabooth diff owner/name@v1 owner/name@v2 --top 3
     """
-    from infer.diff import as_json_value, between, described
-    from infer.loras import resolve
+    with heavy_imports():
+        from infer.diff import as_json_value, between, described
+        from infer.loras import resolve
 
     choices = resolve(a), resolve(b)
     found = between(*choices)

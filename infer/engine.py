@@ -159,7 +159,7 @@ class Engine:
             unwanted = [self.base.prompts.encode(piece.request.negative_prompt, clip) for piece, (_, clip) in zip(pieces, weighted, strict=True)]
             negative = sampling.Negative(_batch(unwanted), first.true_cfg_scale)
         self.base.prompts.release()
-        transformer = self.base.transformer([loras for loras, _ in weighted])
+        transformer = self.base.transformer([loras for loras, _ in weighted], (first.width_px, first.height_px))
         start = torch.cat([sampling.noise(piece.seed, first.width_px, first.height_px) for piece in pieces])
         guidance = torch.tensor([piece.request.guidance_scale for piece in pieces])
         sources = [fitted(piece.request.source, piece.request) if piece.request.source else None for piece in pieces]

@@ -78,9 +78,7 @@ def estimate(plan: ServingPlan, needs: Needs, speed: Speed) -> Estimate[ServingP
     swapped = spread(blocks, plan.swapped)
     linears = sum(blocks)
     tokens = needs.batch * (sizes.text_tokens + needs.tokens)
-    stack = (
-        STACK_PLACES * (FAST_RANK if needs.fast else STACK_RANK) * wide * linears * 2 / sizes.width
-    )  # a linear of width x width has width numbers on either side
+    stack = STACK_PLACES * (FAST_RANK if needs.fast else STACK_RANK) * wide * sizes.ends
     pixels = needs.tokens * (2 * VAE_SCALE) ** 2
     decoding = DECODE_BYTES_PX * (min(pixels, TILE_PX**2) if plan.tiled else pixels)
     sampling = tokens * 2 * (WORKSPACE + (FP8_WORKSPACE if plan.precision == "fp8" else 0)) * sizes.width + (0 if each >= 2 else 2 * sizes.largest * wide)

@@ -24,20 +24,31 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Trial:
-    """What a kernel did: the larger of its errors, and seconds for forward and backward at the training's size."""
+    """What a kernel did: the largest of its errors, and seconds at the size that was asked for."""
 
     backend: SDPBackend
     error: float
     seconds: float
 
 
-def trials(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int, candidates: tuple[SDPBackend, ...] = CANDIDATES) -> list[Trial]:
-    """Every candidate that runs here. heads of `width` values; errors are measured on up to 512 tokens, for the fp32 product is large."""
+def trials(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    width: int,
+    tokens: int,
+    gradients: bool = True,
+    candidates: tuple[SDPBackend, ...] = CANDIDATES,
+) -> list[Trial]:
+    """Every candidate that runs here. heads of `width` values; errors are measured on up to 512 tokens, for the fp32 product is large.
+
+    gradients: whether the backward pass counts, in errors and in seconds.
+    """
     found = []
-    rounded = _inputs(device, dtype, heads, width, min(tokens, 512))
+    rounded = _inputs(device, dtype, heads, width, min(tokens, 512), gradients)
     with sdpa_kernel(SDPBackend.MATH):
-        expected = _pass([t.detach().float().requires_grad_() for t in rounded])
-    large = _inputs(device, dtype, heads, width, tokens)
+        expected = _pass([t.detach().float().requires_grad_(gradients) for t in rounded])
+    large = _inputs(device, dtype, heads, width, tokens, gradients)
     for backend in candidates:
         try:
             with sdpa_kernel(backend):
@@ -54,12 +65,12 @@ def fastest(found: list[Trial]) -> SDPBackend | None:
     return min(right, key=lambda trial: trial.seconds).backend if right else None
 
 
-def choose_kernel(px: int, family: Flux1, device: torch.device) -> str:
-    """Try the kernels on a square picture of that side and have torch use the fastest that is right; its name."""
+def choose_kernel(px: int, family: Flux1, device: torch.device, gradients: bool = True) -> str:
+    """Try the kernels on a square picture of that side and have torch use the fastest that is right; its name. gradients: as of `trials`."""
     transformer = family.config("transformer")
     tokens = family.text_tokens + (px // BUCKET_MULTIPLE_PX) ** 2
     _in_use.close()
-    backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens))
+    backend = fastest(trials(device, base_dtype(device), transformer["num_attention_heads"], transformer["attention_head_dim"], tokens, gradients))
     if backend is None:
         return "torch's own choice"
     use(backend)
@@ -88,16 +99,18 @@ _in_use, _names = ExitStack(), list[str]()
 atexit.register(_in_use.close)
 
 
-def _inputs(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int) -> list[Tensor]:
+def _inputs(device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int, gradients: bool) -> list[Tensor]:
     """Query, key and value [1, heads, tokens, width], laid out as a transformer's linears leave them: the heads of a token side by side."""
     drawn = torch.randn(1, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return [t.permute(0, 2, 1, 3).requires_grad_() for t in drawn.unbind(2)]
+    return [t.permute(0, 2, 1, 3).requires_grad_(gradients) for t in drawn.unbind(2)]
 
 
 def _pass(inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Attention, and the gradients of its weighted sum."""
+    """Attention, and where inputs ask for them the gradients of its weighted sum."""
     query, key, value = inputs
     out = F.scaled_dot_product_attention(query, key, value)
+    if not query.requires_grad:
+        return (out,)
     weights = torch.linspace(-1, 1, out.shape[-1], device=out.device, dtype=out.dtype)
     return out, *torch.autograd.grad((out * weights).sum(), inputs)
 

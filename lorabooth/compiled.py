@@ -8,11 +8,13 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from lorabooth.attention import in_use
 from lorabooth.notes import note
 from lorabooth.quantized import QuantizedLinear
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 VARIANTS = 64
 """Compilations of all kinds of blocks together: shapes of pictures, times what of a batch is preserved or swapped, times with and without gradients.
 torch stops at 8, and runs what comes then uncompiled, without a word."""
@@ -36,21 +38,36 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
     dynamic: whether pictures have several shapes; None: seen when the second comes. otherwise: what goes on without, as the line names it.
     sparing: as of `set_up_for`.
     """
-    # What is compiled is kept on the disk between starts, and not in a folder of /tmp. The attention kernel is in it, and torch finds it again whichever
-    # is chosen by then, so each has a folder of its own.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    _choose_cache()
     set_up_for(blocks, sparing)
-    for block in blocks:
-        block.compile(dynamic=dynamic)
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:  # not `block.compile`, which would compile the hooks of others around the forward pass as well
+        block.forward = torch.compile(block.forward, dynamic=dynamic)
     try:
         warm_up()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in ways of their own: none on the machine, a kernel it cannot build
-        for block in blocks:
-            block._compiled_call_impl = None
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         note(f"the blocks cannot be compiled here, {otherwise} goes on without ({type(error).__name__}: {reason})")
         return False
     return True
+
+
+def _choose_cache() -> None:
+    """Keep what is compiled on the disk between starts, and not in a folder of /tmp; where the user has named a folder, in that.
+
+    The attention kernel is in the code, and torch finds the code again whichever is chosen by then, so each has a folder of its own.
+    """
+    here = os.environ.get(CACHE)
+    if here in (None, default_cache_dir(), *_chosen):  # importing torch's compiler names its default
+        _chosen[:] = [str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use())]
+        os.environ[CACHE] = _chosen[0]
+
+
+_chosen: list[str] = []

@@ -26,7 +26,8 @@ MFU = 0.5
 @dataclass(frozen=True)
 class BaseSizes:
     """A transformer's sizes: the width, the weights of each block's linears without those of the modulation, the largest linear's,
-    those of each block's modulation, and of everything else; and the tokens of a prompt."""
+    those of each block's modulation, and of everything else; the inputs and outputs of all linears, which are the numbers of a LoRA of rank 1 on each;
+    and the tokens of a prompt."""
 
     width: int
     double: int
@@ -34,6 +35,7 @@ class BaseSizes:
     largest: int
     modulations: tuple[int, ...]
     rest: int
+    ends: int
     text_tokens: int
 
     @property
@@ -60,6 +62,7 @@ class BaseSizes:
             largest=max(max(block) for block in counts),
             modulations=modulations,
             rest=total - sum(modulations) - sum(map(sum, counts)),
+            ends=sum(m.in_features + m.out_features for _, m in linears(transformer)),
             text_tokens=text_tokens,
         )
 
@@ -114,6 +117,6 @@ def spread(blocks: Sequence[Item], some: int) -> list[Item]:
     return [blocks[(2 * i + 1) * len(blocks) // (2 * some)] for i in range(some)]
 
 
-def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linears of a block by name."""
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+def linears(part: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linears of a block, or of all, by name."""
+    return [(name, module) for name, module in part.named_modules() if isinstance(module, nn.Linear)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lorabooth import attention
@@ -36,6 +37,8 @@ def test_a_kernel_with_wrong_gradients_is_not_taken_however_fast(monkeypatch: py
     found = trials(CPU, torch.bfloat16, heads=2, width=32, tokens=96, candidates=HERE)
     assert all(trial.error == pytest.approx(0.5, abs=0.01) for trial in found) and fastest(found) is None
     good = Trial(SDPBackend.EFFICIENT_ATTENTION, 0.004, 1.0)
+    without = trials(CPU, torch.bfloat16, heads=2, width=32, tokens=96, gradients=False, candidates=HERE)
+    assert all(trial.error < attention.TOLERANCE for trial in without), "where pictures are made nobody asks for gradients"
     assert fastest([*found, good, Trial(SDPBackend.MATH, 0.003, 2.0)]) == good.backend
 
 
@@ -71,13 +74,15 @@ def test_the_chosen_kernel_comes_first_and_the_vaes_wide_head_has_one_too(backen
 
 def test_compiled_code_has_a_folder_for_each_kernel(torchs_own: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as it is once torch's compiler has been imported
     folders = []
     for chosen in (lambda: None, lambda: attention.use(SDPBackend.FLASH_ATTENTION)):
         chosen()
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         assert try_compiled([], None, lambda: None, "this test")
         folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).relative_to(tmp_path))
     assert folders == [Path("lorabooth/compiled/any"), Path("lorabooth/compiled/flash_attention")]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users/own")
+    assert try_compiled([], None, lambda: None, "this test") and os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users/own"
 
 
 @pytest.mark.gpu

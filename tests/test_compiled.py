@@ -1,5 +1,6 @@
 """Compiled blocks: the same training, and no training lost where there is no compiler."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, setti
 
 def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     counters.clear()
-    compiling = torch.nn.Module.compile  # what is traced is the same for every backend, and this one makes no code
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiling(self, backend="eager", **options))
+    # What is traced is the same for every backend, and this one makes no code.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     settings = {"resolution": "64,96,128", "preservation_rate": 0.25, "caption_swap_rate": 0.25, "validation_photos": 1, "preview_every": 1}
     run = untrained(tiny_run, tmp_path / "run", batch_size=1, **settings)
     encode.run(run)

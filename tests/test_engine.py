@@ -5,6 +5,7 @@ import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from infer import live
 from infer.base import Base
 from infer.engine import Engine, Piece, fitted
 from infer.glimpse import Glimpse
-from infer.live import Weighted
 from infer.loras import LoraChoice
 from infer.plan import ServingPlan
 from infer.request import Request, Source
@@ -311,6 +311,18 @@ def test_a_cache_of_steps_leaves_out_work_and_is_the_same_each_time(engine: Engi
         Settings(cache="max", batch=2)
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache": "balanced"}, {"batch": 3}, {"batch": 3, "mixed": True}], ids=str)
+def test_what_is_fast_is_compiled_for_the_pictures_at_hand_and_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    torch._dynamo.reset(), counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced as for any backend, and no code is made
+    fast, slow = (Engine("mini", Settings(fast=fast, **settings)) for fast in (True, False))
+    asked = {"width_px": 96, "num_inference_steps": 4}
+    fast.base.transformer([()] * fast.settings.batch, (96, 64))
+    before = counters["stats"]["unique_graphs"]
+    assert np.array_equal(*(pixels(made, num_outputs=made.settings.batch, **asked) for made in (fast, slow)))
+    assert counters["stats"]["unique_graphs"] == before > 0 and not counters["graph_break"]
+
+
 @pytest.mark.slow  # two compilations
 @pytest.mark.parametrize("mixed", [False, True])
 def test_twenty_swaps_of_ranks_from_4_to_64_compile_nothing_again(mixed: bool, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -365,10 +377,10 @@ def test_where_memory_runs_out_the_next_lighter_plan_makes_the_picture(engine: E
     other._lighter = [ServingPlan("fp32", swapped=2, loras="stacked"), ServingPlan("int8", loras="stacked")]
     real, loaded, before = Base.transformer, Engine._base, weakref.ref(other.base)
 
-    def runs_out(base: Base, loras: list[tuple[Weighted, ...]]) -> FluxTransformer2DModel:
+    def runs_out(base: Base, *of_batch: Any) -> FluxTransformer2DModel:
         if not base.plan.swapped:
             raise torch.OutOfMemoryError("no more")
-        return real(base, loras)
+        return real(base, *of_batch)
 
     def base_of(self: Engine, plan: ServingPlan) -> Base:
         assert before() is None, "the base that did not fit is gone before the next one comes"

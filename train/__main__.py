@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from lorabooth import stages
 from lorabooth.cli import guarded
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
@@ -12,9 +13,7 @@ from lorabooth.runs import RunDir
 def main(arguments: list[str]) -> None:
     """Run the stage named by the first argument on the run named by the second."""
     if arguments == ["check"]:
-        from train import export
-
-        export.check_plan(TrainConfig.model_validate_json(sys.stdin.read()))
+        stages.load("train.export", "check_plan")(TrainConfig.model_validate_json(sys.stdin.read()))
         return
     raw = arguments[:1] == ["export"] and "--raw" in arguments
     words = [word for word in arguments if not (raw and word == "--raw")]
@@ -22,18 +21,11 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m train encode|fit|export RUN, or python -m train export RUN --raw for the weights without averaging")
     stage, folder = words
     run_dir = RunDir.open(Path(folder))
-    if stage == "encode":
-        from train import encode
-
-        encode.run(run_dir)
-    elif stage == "fit":
-        from train import fit
-
-        fit.run(run_dir)
+    run = stages.load(f"train.{stage}", "run")
+    if stage == "export":
+        print(run(run_dir, raw))
     else:
-        from train import export
-
-        print(export.run(run_dir, raw))
+        run(run_dir)
 
 
 if __name__ == "__main__":

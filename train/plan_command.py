@@ -9,6 +9,7 @@ import click
 
 from lorabooth.gigabytes import GIGABYTES, check_stated
 from lorabooth.hub import model_folder
+from lorabooth.imports import heavy_imports
 from train.command import config_options, recipe_config
 
 
@@ -30,14 +31,15 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     config = recipe_config(recipe, values)
     model_folder(config.model)  # a name that is none is refused before seconds of imports
 
-    import torch
+    with heavy_imports():
+        import torch
 
-    from lorabooth.families import family_to_plan
-    from lorabooth.machine import memory_bytes
-    from lorabooth.sizes import GB
-    from lorabooth.speed import ASSUMED, measured
-    from train.plan import choose, table
-    from train.planning import HOST_SHARE, shapes_of
+        from lorabooth.families import family_to_plan
+        from lorabooth.machine import memory_bytes
+        from lorabooth.sizes import GB
+        from lorabooth.speed import ASSUMED, measured
+        from train.plan import choose, table
+        from train.planning import HOST_SHARE, shapes_of
 
     check_stated(vram_gb, torch.cuda.is_available())
     gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
