@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import pty
 import resource
 import shlex
 import signal
@@ -71,6 +72,24 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_can_be_refused_at_once_waits_for_no_imports(arguments: tuple[str, ...]):
     assert not modules_after(list(arguments)) & {"torch", "diffusers", "transformers"}
+
+
+def test_the_libraries_are_set_apart_from_garbage_once_and_a_terminal_is_told_what_is_waited_for():
+    program = """
+import gc, sys, types
+from lorabooth.imports import heavy_imports
+for _ in range(2):
+    with heavy_imports():
+        assert not gc.isenabled()
+        sys.modules["torch"] = types.ModuleType("torch")
+    print(gc.isenabled(), gc.get_freeze_count() > 0)
+    gc.unfreeze()
+"""
+    terminal, end = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=end, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True", "True", "True", "False"], "what is alive later is not set apart"
+    told = os.read(terminal, 1000).decode()
+    assert told == "loading torch, diffusers and transformers, some seconds ...\r\x1b[K"
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy():

@@ -160,6 +160,12 @@ def test_pinned_memory_holds_what_was_put_into_it_without_rounding():
     assert [len(chunk) for chunk in memory.chunks] == [4096, 70 * 70 * 4]
 
 
+def test_where_the_system_pins_no_more_the_rest_is_ordinary_memory(capsys: pytest.CaptureFixture[str]):
+    memory, tensor = PinnedMemory(pin=True, chunk_bytes=64), torch.arange(12.0)  # without a GPU nothing can be pinned
+    assert all(torch.equal(memory.keep(tensor), tensor) for _ in range(3)) and len(memory.chunks) == 3
+    assert capsys.readouterr().err.count("note: the system pins no more than 0.0 GB of memory for the GPU") == 1
+
+
 def test_loras_used_least_lately_leave_first(loras: list[LoraChoice]):
     engine = Engine("mini")
     kept = engine.adapters
