@@ -27,7 +27,7 @@ demo: .venv/.installed  ## install, train a LoRA of a person on the mini model (
 	.venv/bin/lorabooth demo --out demo
 
 test: .venv/.installed  ## install and run the tests
-	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal --durations 15
 
 check: .venv/.installed  ## format, lint, types, direction of imports
 	.venv/bin/ruff format --check .

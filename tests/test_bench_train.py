@@ -21,8 +21,12 @@ from scripts import bench_train, gpu_train, peer
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("bench") / "results" / "train.json"
-    done = CliRunner().invoke(bench_train.bench, ["--steps", "2", "--not-compiled", "--job-steps", "2", "--rounds", "1", "--out", str(out)])
+    return recorded(tmp_path_factory.mktemp("bench"), job_steps=0)
+
+
+def recorded(folder: Path, job_steps: int) -> dict:
+    out = folder / "results" / "train.json"
+    done = CliRunner().invoke(bench_train.bench, ["--steps", "2", "--not-compiled", "--job-steps", str(job_steps), "--rounds", "1", "--out", str(out)])
     assert done.exit_code == 0, done.output
     return json.loads(out.read_text())
 
@@ -33,12 +37,19 @@ def test_a_step_launches_less_than_half_of_the_scripts_operators_and_keeps_no_mo
         assert all(row["operators"] > 500 and 0 < row["p10_seconds"] <= row["median_seconds"] <= row["p90_seconds"] for row in base["arms"].values())
 
 
-def test_every_arm_and_the_job_are_on_record_with_the_machine(record: dict):
+def test_every_arm_is_on_record_with_the_machine(record: dict):
     assert record["machine"]["versions"]["torch"]
     assert {name: list(base["arms"]) for name, base in record["bases"].items()} == {
         "57 blocks, 16 wide": ["lorabooth", "script, encoded ahead"], "mini": ["lorabooth", "script as it is", "script, encoded ahead"],
     }  # fmt: skip
     assert all(base["optimizer"] == "adamw" and base["lora_rank"] == 16 and base["strongest"].startswith("script") for base in record["bases"].values())
+    told = bench_train.table(record)
+    assert told.count("| lorabooth |") == 2 and told.count("script as it is") == 1
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_the_job_of_each_is_on_record(tmp_path: Path):
+    record = recorded(tmp_path, job_steps=2)
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in record["job"]["seconds"].values())
     [losses] = [value for name, value in record["job"].items() if name.startswith("loss_of_the_last")]
     assert all(len(found) == 1 and 0.1 < found[0] < 5 for found in losses.values()) and set(losses) == set(record["job"]["seconds"])

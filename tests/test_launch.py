@@ -18,6 +18,7 @@ from train.checkpoint import verified
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow  # the next test starts the same processes
 def test_the_whole_command_trains_in_two_processes(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = RunDir(tmp_path / "run")

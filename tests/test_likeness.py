@@ -12,7 +12,7 @@ FIRST, *OTHERS = people.HELD_OUT
 
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_held_out_person_is_recognisable_in_new_scenes(name: str, tmp_path: Path) -> None:
-    result = measure(name, 12, tmp_path, {"preview_every": 0})
+    result = measure(name, 8, tmp_path, {"preview_every": 0})
     before, after = result["before"], result["after"]
     assert isinstance(before, dict) and isinstance(after, dict)
     assert after["identity"] >= 0.95, after
