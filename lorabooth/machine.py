@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from packaging.requirements import Requirement
 NVIDIA_SMI_SECONDS = 20
 """A driver that hangs makes nvidia-smi hang too; a healthy one answers in one or two seconds."""
 
-CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container's memory limit is found (cgroup v2, then v1); the machine's own figure ignores it."""
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where the limits are found that containers, SLURM and systemd set; the machine's own figures ignore them."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,33 @@ def cpu_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Total and available memory, no more than a container's limit allows."""
-    memory = psutil.virtual_memory()
-    limits = [int(text) for path in CGROUP_MEMORY_LIMITS if path.exists() and (text := path.read_text().strip()).isdigit()]
-    return min([memory.total, *limits]), min([memory.available, *limits])
+    """Total and available memory, no more than is allowed by the limits of the control groups that this process is in."""
+    memory, limits = psutil.virtual_memory(), list(_limits())
+    return min([memory.total, *(limit for limit, _ in limits)]), max(0, min([memory.available, *(limit - used for limit, used in limits)]))
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """The limit in bytes, and what is used of it, of this process's control group and of each above it; cgroup v2 or v1 (Linux's admin-guide/cgroup-v2.rst).
+
+    The kernel's cache of files that lie idle is not counted as used: it goes where room is wanted.
+    """
+    with suppress(OSError):  # not Linux
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = CGROUPS / "memory" if controllers else CGROUPS
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers else ("memory.max", "memory.current", "inactive_file")
+            )
+            own = root / path.lstrip("/")
+            for folder in (own, *own.parents):
+                with suppress(OSError, ValueError):  # a group that is not mounted here, one without a limit ("max")
+                    limit, used = (int((folder / name).read_text()) for name in names[:2])
+                    idle = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines()).get(names[2], "0")
+                    yield limit, used - int(idle)
+                if folder == root:
+                    break
 
 
 def disk_free_bytes(folder: Path) -> int:

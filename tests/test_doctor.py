@@ -148,10 +148,24 @@ def test_the_driver_is_asked_through_nvidia_smi(tmp_path: Path, monkeypatch: pyt
     assert machine.nvidia_driver() == driver
 
 
-def test_a_container_has_no_more_memory_than_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "CGROUP_MEMORY_LIMITS", (limit,))
-    limit.write_text("1000000\n")
-    assert machine.memory_bytes() == (1_000_000, 1_000_000)
-    limit.write_text("max\n")
-    assert machine.memory_bytes()[0] > 1_000_000
+@pytest.mark.parametrize(
+    ("kind", "limit", "used", "idle"),
+    [("0::", "memory.max", "memory.current", "inactive_file"), ("4:cpu,memory:", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")],
+)
+def test_a_container_or_job_has_no_more_memory_than_the_tightest_limit_above_it(
+    kind: str, limit: str, used: str, idle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = tmp_path if kind == "0::" else tmp_path / "memory"
+    (root / "slurm" / "job_7" / "step_0").mkdir(parents=True)
+    (tmp_path / "own").write_text(f"9:name=systemd:/elsewhere\n{kind}/slurm/job_7/step_0\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    for folder, allowed in ((root, "9000000"), (root / "slurm" / "job_7", "1000000"), (root / "slurm" / "job_7" / "step_0", "max")):
+        (folder / limit).write_text(f"{allowed}\n")
+        (folder / used).write_text("700000\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{idle} 200000\n")
+    assert machine.memory_bytes() == (1_000_000, 500_000)
+    (root / "slurm" / "job_7" / limit).write_text("max\n")
+    assert machine.memory_bytes() == (9_000_000, 8_500_000)
+    (root / limit).unlink()
+    assert machine.memory_bytes()[0] > 9_000_000
