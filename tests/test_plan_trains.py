@@ -213,6 +213,7 @@ def test_a_run_that_does_not_fit_goes_on_with_the_next_plan(tiny_run: Path, tmp_
     plans = [(row["step"], row["plan"]) for row in rows if row.get("event") == "plan"]
     assert plans == [(0, "base fp32, nothing recomputed"), (2, "base fp32, 6 blocks recomputed, 2 blocks in host memory")]
     assert all(torch.equal(a, b) for a, b in zip(fit.final_weights(run), fit.final_weights(RunDir(tiny_run)), strict=True)), "no step was lost or done twice"
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4], "nor its loss"
 
 
 def test_a_run_goes_on_in_the_precision_it_was_begun_in_while_that_fits(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

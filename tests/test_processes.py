@@ -93,11 +93,12 @@ def test_a_base_divided_between_two_processes_gives_the_same_bytes_as_one_that_e
 
 
 def test_a_sigterm_stops_both_at_one_step_and_saves_it(tiny_run: Path, tmp_path: Path):
-    run = untrained(tiny_run, tmp_path / "run", batch_size=1, steps=9999, checkpoint_every=9999)
+    run = untrained(tiny_run, tmp_path / "run", batch_size=1, steps=9999, checkpoint_every=9999, gradient_accumulation=16)
     process = two_processes(run)
     terminated(process, run)
     assert process.returncode != 0
     [checkpoint] = run.checkpoints.iterdir()
     record = verified(checkpoint)
-    assert record is not None and record["step"] >= 10
+    # Losses are written at the tenth step; that such long steps are not waited for until the twentieth is what launchers leave time for.
+    assert record is not None and 10 <= record["step"] < 20
     assert all(t.isfinite().all() for t in load_file(checkpoint / "lora.safetensors").values())

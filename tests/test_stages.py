@@ -27,23 +27,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_picture(
-    model: Path, demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, demo_photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     run = RunDir(tmp_path / "run")
     train = ["train", str(demo_photos), "--model", str(model), *SETTINGS, "--steps", "2", "--preview-every", "2", "--out", str(run.path)]
     assert main(train) == 0
-    [following] = [line.removeprefix("next:") for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    [following] = [line.removeprefix("next:") for line in capfd.readouterr().out.splitlines() if line.startswith("next:")]
     command, *arguments = shlex.split(following)
     assert command == "lorabooth"
     assert main([*arguments, "--steps", "1", "--format", "png", "--out", str(tmp_path / "pictures")]) == 0
     assert picture.making_of(tmp_path / "pictures" / "out-0.png")["model"] == "tiny flux"
     assert str(model.parent) not in str(LoraFile.read(run.lora).metadata), "a path of this machine would travel with the file"
     before = run.lora.read_bytes()
-    assert main(train) == 0
+    capfd.readouterr()
+    assert main([*train, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["lora"] == str(run.lora), "what the stages' own processes print stands elsewhere"
     assert run.lora.read_bytes() == before, "the same run exported twice is the same file"
-    capsys.readouterr()
+    capfd.readouterr()
     assert main(["generate", "TOK", "--lora", str(run.path), "--out", str(tmp_path)]) == 2
-    assert "was trained on a local folder named 'tiny flux'" in capsys.readouterr().err
+    assert "was trained on a local folder named 'tiny flux'" in capfd.readouterr().err
 
 
 def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, demo_photos: Path, tmp_path: Path):

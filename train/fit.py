@@ -3,12 +3,9 @@
 import hashlib
 import math
 import random
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +37,7 @@ from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
 from train.planning import plans_for, plans_to_go_on
 from train.preview import preview
+from train.stopping import Agreement, stop_requests
 from train.trackers import end_trackers, start_trackers
 from train.trainer import Trainer
 from train.validation import measure
@@ -237,16 +235,22 @@ def _loop(trainer: Trainer) -> None:
         preview(trainer)
         validate(trainer)
     bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", disable=not main, smoothing=0.05)
-    with bar, _stop_requests() as stopped:
+    with bar, stop_requests() as stopped:
+        agreement = Agreement(trainer.accelerator)
         while state.step < config.steps:
-            loss, photos = train_step(trainer)
+            try:
+                loss, photos = train_step(trainer)
+            except torch.OutOfMemoryError:
+                if alone:  # the others would not come along
+                    _flush(trainer, [(step, loss.cpu(), photos) for step, loss, photos in pending], average)
+                raise
             pending.append((state.step, loss, photos))
             bar.update()
             last, saving = state.step == config.steps, state.step % config.checkpoint_every == 0
-            if last or saving or state.step % LOG_EVERY == 0 or (alone and stopped):
+            stopping = agreement.reached(bool(stopped))
+            if last or saving or stopping or state.step % LOG_EVERY == 0:
                 average = _flush(trainer, pending, average)
                 bar.set_postfix({"loss": f"{average:.3f}"} | _memory())
-                stopping = _any_process(trainer.accelerator, bool(stopped))
                 if main and (stopping or last or saving):
                     save_checkpoint(trainer.run, state)
                 if stopping:
@@ -258,13 +262,6 @@ def _loop(trainer: Trainer) -> None:
                 if alone and stopped:  # the signal came during the preview
                     save_checkpoint(trainer.run, state)
                     raise KeyboardInterrupt
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set in any process: all must stop at the same step, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
 
 
 def _memory() -> dict[str, str]:
@@ -298,22 +295,6 @@ def validate(trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
             trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
             trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM become entries of the list, so that the step at hand is finished and saved first."""
-    received: list[int] = []
-
-    def remember(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def final_weights(run_dir: RunDir, raw: bool = False) -> list[Tensor]:
