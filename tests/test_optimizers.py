@@ -75,7 +75,15 @@ def test_a_resumed_run_gives_the_same_bytes_and_the_loss_falls(run: RunDir, name
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_n_steps_a_stop_and_m_more_are_n_plus_m_steps_over_several_shapes(run: RunDir, stop: int):
     # Three photos at two resolutions: an epoch of six batches, two of them a step, so that each stop is inside an epoch or at its end.
-    settings = {"optimizer": "prodigy", "learning_rate": 1.0, "gradient_accumulation": 2, "resolution": "64,96", "batch_size": 1, "ema_decay": 0.9}
+    settings = {
+        "optimizer": "prodigy",
+        "learning_rate": 1.0,
+        "gradient_accumulation": 2,
+        "resolution": "64,96",
+        "batch_size": 1,
+        "ema_decay": 0.9,
+        "lora_dropout": 0.3,
+    }
     run._write_config(run.config.model_copy(update=settings))
     encode.run(run)
     trainer = trainer_of(run)
@@ -109,6 +117,36 @@ def test_every_optimiser_lowers_the_loss(name: str):
         loss().backward()
         optimizer.step()
     assert loss().item() < 0.8 * before
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "prodigy"])  # whose rate is its own
+def test_a_step_takes_the_decays_share_of_the_rate_off_each_weight(name: str):
+    config = TrainConfig(trigger_word="TOK", optimizer=name, learning_rate=1e-2, weight_decay=2.0)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(weight.clone())
+    optimizer = optimizers.build(name, {"p": p}, config)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), weight * (1 - 1e-2 * 2.0), rtol=1e-4, atol=1e-5)
+
+
+def test_prodigy_says_nothing_where_an_answer_may_stand(capsys: pytest.CaptureFixture[str]):
+    optimizers.build("prodigy", {"p": torch.nn.Parameter(torch.ones(4))}, TrainConfig(trigger_word="TOK", optimizer="prodigy"))
+    assert not capsys.readouterr().out
+
+
+def test_gradients_are_no_longer_than_the_recipe_allows(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    run._write_config(run.config.model_copy(update={"max_grad_norm": 1e-4}))
+    trainer, norms = trainer_of(run), []
+    step = trainer.state.optimizer.step
+
+    def stepping() -> object:
+        norms.append(float(torch.cat([p.grad.flatten() for p in trainer.state.parameters if p.grad is not None]).norm()))
+        return step()
+
+    monkeypatch.setattr(trainer.state.optimizer, "step", stepping)
+    fit.train_step(trainer)
+    assert norms == [pytest.approx(1e-4, rel=0.01)]
 
 
 def test_the_command_takes_the_name_and_the_record_keeps_it(tiny_command: list[str], tmp_path: Path):

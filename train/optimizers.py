@@ -1,7 +1,9 @@
 """Optimisers by the hosted trainer's names, each from the library that makes it."""
 
+import io
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -35,24 +37,41 @@ def _prodigy(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
     """Prodigy with what its authors advise for diffusion models (https://github.com/konstmish/prodigy); a warm-up must not feed its estimate."""
     from prodigyopt import Prodigy
 
-    optimizer: torch.optim.Optimizer = Prodigy(parameters, betas=(0.9, 0.99), use_bias_correction=True, safeguard_warmup=True, **options)
+    with redirect_stdout(io.StringIO()):  # where `train --json` has its answer, it would say that its weight decay is decoupled
+        optimizer: torch.optim.Optimizer = Prodigy(parameters, betas=(0.9, 0.99), use_bias_correction=True, safeguard_warmup=True, **options)
     return optimizer
 
 
-def _fused(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+class _Adagrad(torch.optim.Adagrad):
+    """With the weight decay of the others here (decoupled): torch's adds it to the gradient, whose size Adagrad divides by, so it would outweigh the photos."""
+
+    def __init__(self, parameters: Parameters, lr: float, weight_decay: float):
+        super().__init__(parameters, lr=lr, foreach=False)  # all at once it would hold two copies of every gradient
+        self.decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step, as torch's."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * self.decay)
+        return super().step(closure)
+
+
+def _fused(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., torch.optim.Optimizer]:
     """One kernel for all parameters instead of a dozen for each: of a deep LoRA's step, four operators in ten."""
-    return partial(kind, fused=True)  # type: ignore[call-arg]
+    return partial(kind, fused=True, **options)
 
 
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw8bit": _bitsandbytes("AdamW8bit"),
     "adamw": _fused(torch.optim.AdamW),
     "adam8bit": _bitsandbytes("Adam8bit"),
-    "adam": _fused(torch.optim.Adam),
+    "adam": _fused(torch.optim.Adam, decoupled_weight_decay=True),  # as bitsandbytes' is
     "lion8bit": _bitsandbytes("Lion8bit"),
     "lion": _bitsandbytes("Lion"),
     "prodigy": _prodigy,
-    "adagrad": partial(torch.optim.Adagrad, foreach=False),  # all at once it would hold two copies of every gradient
+    "adagrad": _Adagrad,
     "adafactor": torch.optim.Adafactor,
 }
 
