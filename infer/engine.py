@@ -1,7 +1,8 @@
 """`Engine`: a loaded base model that makes pictures, with LoRAs applied per request. Knows no HTTP and no files but models.
 
 A picture depends on its request and its seed alone: not on what was made before, nor on what is made beside it. On the CPU
-in fp32 that holds to the bit; on a GPU batches of other sizes are rounded differently, by at most a few levels of 255.
+in fp32 that holds to the bit where pictures are made one at a time, as they are unless a batch is asked for; batches of
+other sizes are rounded differently, on a CPU by a level of 255, on a GPU by at most a few.
 """
 
 import gc

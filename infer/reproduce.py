@@ -77,7 +77,7 @@ def make_again(
         click.echo(json.dumps({"file": str(file), "same": difference == 0, "largest_difference": difference}))
         return
     same = "the same picture, to the bit" if difference == 0 else f"not the same: pixels differ by up to {difference} of 255"
-    click.echo(f"{same} (another GPU, precision or version rounds differently)" if difference else same, err=True)
+    click.echo(f"{same} (another GPU, precision, version or --batch rounds differently)" if difference else same, err=True)
     click.echo(str(file))
 
 

@@ -14,6 +14,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
 from torch._dynamo.utils import counters
 
+from infer import engine as engine_module
 from infer import live
 from infer.base import Base
 from infer.engine import Engine, Piece, fitted
@@ -232,6 +233,12 @@ def picture(engine: Engine) -> Image.Image:
     return next(engine.generate(request(num_inference_steps=6, seed=3))).image
 
 
+def test_a_cell_that_a_mask_touches_may_change_for_the_picture_is_put_together_by_the_pixel():
+    mask = Image.new("L", (64, 32))
+    mask.putpixel((17, 9), 255)
+    assert torch.equal(engine_module._latent_mask(mask)[0, 0].nonzero(), torch.tensor([[1, 2]])) and engine_module._latent_mask(mask).max() == 1
+
+
 def test_how_much_of_a_picture_changes_is_its_strength(engine: Engine, picture: Image.Image):
     before = np.asarray(picture, dtype=np.int16)
     changed = [np.abs(pixels(engine, num_inference_steps=6, source=Source(picture, None, strength)) - before).mean() for strength in (0, 0.3, 0.6, 1)]
@@ -313,6 +320,9 @@ def test_a_cache_of_steps_leaves_out_work_and_is_the_same_each_time(engine: Engi
     assert 0 < np.abs(first - right).mean() < 20
     # Two double blocks of two feed-forwards and four single ones of none: 4 passes a step where nothing is left out.
     assert len(passes) < 2.6 * 4 * 16
+    passes.clear()
+    pixels(caching, num_inference_steps=16, negative_prompt="rain", true_cfg_scale=3.0)
+    assert len(passes) < 0.8 * 2 * 4 * 16, "what is wanted and what is not have a cache each"
     with pytest.raises(UserError, match="a cache of steps and batches exclude each other"):
         Settings(cache="max", batch=2)
 

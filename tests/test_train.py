@@ -27,12 +27,14 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.photos import Manifest, ingest
 from lorabooth.runs import RunDir
+from tests.test_processes import untrained
 from train import encode, fit
 from train import report as train_report
 from train.__main__ import main as train_stages
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.command import recipe_config, train
 from train.data import cached_key, items, stem, validation_items, write_cached
+from train.validation import measure
 
 
 def same_bytes(a: Path, b: Path) -> bool:
@@ -81,7 +83,30 @@ def test_averaged_weights_are_the_average_and_previews_leave_the_raw_ones_alone(
     raw = [p.detach().clone() for p in trainer.state.parameters]
     fit.preview(trainer)
     assert all(torch.equal(p, r) for p, r in zip(trainer.state.parameters, raw, strict=True))
-    assert Image.open(run.samples / "step-000003-0.png").size == (64, 64)
+    picture = run.samples / "step-000003-0.png"
+    assert Image.open(picture).size == (64, 64)
+    before = picture.read_bytes()
+    with torch.no_grad():
+        torch._foreach_zero_(trainer.state.parameters)
+    trainer.show_weights(), fit.preview(trainer)
+    assert picture.read_bytes() == before, "it is of the average"
+    torch._foreach_zero_(trainer.state.ema)
+    fit.preview(trainer)
+    assert picture.read_bytes() != before
+
+
+def test_the_loss_of_held_out_photos_is_of_the_averaged_weights_and_of_the_same_noise_at_each_step(tiny_run: Path, tmp_path: Path):
+    trainer = trainer_of(untrained(tiny_run, tmp_path / "run", validation_photos=1))
+    for _ in range(3):
+        fit.train_step(trainer)
+    loss = measure(trainer)
+    trainer.state.step += 7
+    with torch.no_grad():
+        torch._foreach_zero_(trainer.state.parameters)
+    trainer.show_weights()
+    assert measure(trainer) == loss
+    torch._foreach_zero_(trainer.state.ema)
+    assert measure(trainer) != loss
 
 
 def test_a_preview_that_the_gpu_has_no_room_for_is_decoded_on_the_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch):

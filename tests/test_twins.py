@@ -47,12 +47,15 @@ def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDi
     errors = objective.squared_error(trainer, preserving, noise, sigma).mean((1, 2))
     assert errors[: preserving.preserved].max() < 1e-6 < 1e-3 < errors[preserving.preserved :].min()
     learned = []
+    masked = replace(preserving, weights=torch.full_like(preserving.weights, 0.5))
     with torch.no_grad():
         for p in trainer.state.parameters:
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
             learned.append(p.clone())
+        of_masked = objective.squared_error(trainer, masked, noise, sigma)[: preserving.preserved].mean()
     loss = objective.squared_error(trainer, preserving, noise, sigma)[: preserving.preserved].mean()
     assert loss > 1e-4
+    assert of_masked == loss, "the base's own picture is all of it to be kept, whatever the photo's mask hides"
     assert all(torch.equal(p, q) for p, q in zip(trainer.state.parameters, learned, strict=True))
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, trainer.state.parameters))
 
