@@ -103,7 +103,8 @@ def test_a_workstation_trains_on_all_its_gpus(stubs: Path):
     assert accelerate == ["launch", "--config_file", config, "--num_processes", "3", "-m", "train", "fit", "a run"]
 
 
-def test_slurm_starts_every_node_with_its_own_number(stubs: Path):
+def test_slurm_starts_every_node_with_its_own_number_and_ends_the_steps_not_srun(stubs: Path):
+    assert "#SBATCH --signal=TERM@" in (ROOT / "scripts" / "launch" / "slurm.sbatch").read_text(), "srun would kill its tasks"
     command, accelerate = launched("slurm.sbatch", stubs, SLURM_JOB_NODELIST="x", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="2")
     assert command[:4] == ["train", "my photos.zip", "--trigger", "TOK"]
     assert accelerate[-4:] == ["-m", "train", "fit", "a run"]
