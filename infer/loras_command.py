@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from infer.lora_list import Listed, listed
 from infer.table import cut, table
 from lorabooth.errors import UserError
+from lorabooth.imports import heavy_imports
 
 TEXT_CHARACTERS = 300
 NAMED = 5
@@ -66,7 +67,8 @@ def info(context: click.Context, references: tuple[str, ...], with_layers: bool,
     for reference in references:
         try:
             file = unweighted(reference, "to describe")
-            from infer import lora_info  # takes seconds, which a reference to nothing need not wait for
+            with heavy_imports():  # which a reference to nothing need not wait for
+                from infer import lora_info
 
             found.append(lora_info.info(file))
             if not as_json:

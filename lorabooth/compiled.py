@@ -40,7 +40,6 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
     """
     _choose_cache()
     set_up_for(blocks, sparing)
-    before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:  # not `block.compile`, which would compile the hooks of others around the forward pass as well
         block.forward = torch.compile(block.forward, dynamic=dynamic)
     try:
@@ -48,11 +47,8 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in ways of their own: none on the machine, a kernel it cannot build
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        for block in blocks:
+            del block.forward  # its class's comes to light again
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         note(f"the blocks cannot be compiled here, {otherwise} goes on without ({type(error).__name__}: {reason})")
         return False
@@ -64,10 +60,7 @@ def _choose_cache() -> None:
 
     The attention kernel is in the code, and torch finds the code again whichever is chosen by then, so each has a folder of its own.
     """
-    here = os.environ.get(CACHE)
-    if here in (None, default_cache_dir(), *_chosen):  # importing torch's compiler names its default
-        _chosen[:] = [str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled" / in_use())]
-        os.environ[CACHE] = _chosen[0]
-
-
-_chosen: list[str] = []
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled"
+    given = os.environ.get(CACHE)
+    if not given or given == default_cache_dir() or Path(given).parent == folder:  # importing torch's compiler names its default
+        os.environ[CACHE] = str(folder / in_use())

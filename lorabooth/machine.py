@@ -109,15 +109,15 @@ def _limits() -> Iterator[tuple[int, int]]:
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            root = CGROUPS / "memory" if controllers else CGROUPS
-            names = (
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers else ("memory.max", "memory.current", "inactive_file")
-            )
+            if controllers:
+                root, used_name, limit_name, idle_name = CGROUPS / "memory", "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"
+            else:
+                root, used_name, limit_name, idle_name = CGROUPS, "memory.current", "memory.max", "inactive_file"
             own = root / path.lstrip("/")
             for folder in (own, *own.parents):
                 with suppress(OSError, ValueError):  # a group that is not mounted here, one without a limit ("max")
-                    limit, used = (int((folder / name).read_text()) for name in names[:2])
-                    idle = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines()).get(names[2], "0")
+                    limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+                    idle = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines()).get(idle_name, "0")
                     yield limit, used - int(idle)
                 if folder == root:
                     break
