@@ -16,7 +16,7 @@ from lorabooth.quantized import QuantizedLinear
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 VARIANTS = 64
-"""Compilations of all kinds of blocks together: shapes of pictures, times what of a batch is preserved or swapped, times with and without gradients.
+"""Compilations of all kinds of blocks together: shapes of pictures, times what of a batch is preserved, times with and without gradients.
 torch stops at 8, and runs what comes then uncompiled, without a word."""
 
 

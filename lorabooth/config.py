@@ -89,14 +89,6 @@ class TrainConfig(BaseModel):
         lt=1,
         description="Share of each batch that keeps the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
     )
-    caption_swap_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of each batch that learns under another photo's caption, with what that changes in the base added, so that the trigger word "
-        "brings the person into every scene and nothing else.",
-    )
-    caption_swap_after: int = Field(0, ge=0, description="Steps before captions are swapped: who it is, is learned sooner without.")
     class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog.")
     prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
     horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
@@ -205,11 +197,6 @@ class TrainConfig(BaseModel):
     def tracker_names(self) -> tuple[str, ...]:
         """The trackers by accelerate's names."""
         return () if self.trackers == "none" else tuple(self.trackers.split(","))
-
-    @property
-    def asks_base(self) -> bool:
-        """Whether training asks the base what it makes of the class phrase."""
-        return bool(self.preservation_rate or self.caption_swap_rate)
 
     @property
     def alpha(self) -> int:

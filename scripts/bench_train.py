@@ -149,7 +149,7 @@ def compare(arms: list[Arm], steps: int, name: str) -> dict[str, Any]:
 def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_script: Path | None) -> dict[str, Any]:
     """Wall seconds from photos with captions to a LoRA file, and the mean loss of the last steps, each side `rounds` times, in turns.
 
-    The same work: without previews, preservation and swapped captions, which the script does not have, and without a LoRA on CLIP.
+    The same work: without previews and preservation, which the script does not have, and without a LoRA on CLIP.
     """
     common = ("--steps", str(steps), "--batch-size", "4")
     times, losses = ({name: list[float]() for name in (OURS, AS_IT_IS)} for _ in range(2))
@@ -157,7 +157,7 @@ def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_scrip
         commands = {
             OURS: [
                 *(sys.executable, "-m", "lorabooth", "train", str(photos), "--trigger", "TOK", "--model", "mini", *common),
-                *("--preview-every", "0", "--preservation-rate", "0", "--caption-swap-rate", "0", "--train-text-encoder", "false"),
+                *("--preview-every", "0", "--preservation-rate", "0", "--train-text-encoder", "false"),
                 *("--learning-rate", "1e-3", "--out", str(folder / f"ours-{i}")),
             ],
             AS_IT_IS: peer_command(peer_script, photos, folder / f"peer-{i}", steps),

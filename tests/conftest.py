@@ -69,7 +69,7 @@ def tiny_command(demo_photos: Path) -> list[str]:
     """The shortest training that does all that a training does. Its rate is so high that four steps show in a picture."""
     options = {
         "trigger": "TOK", "model": "mini", "steps": 4, "batch-size": 2, "lora-rank": 4, "checkpoint-every": 2, "learning-rate": 0.02, "warmup-steps": 1,
-        "resolution": 64, "preview-every": 4, "sigma-sampling": "logit-normal", "preservation-rate": 0.0, "caption-swap-rate": 0.0, "caption-swap-after": 0,
+        "resolution": 64, "preview-every": 4, "sigma-sampling": "logit-normal", "preservation-rate": 0.0,
         "loraplus-lr-ratio": 1.0, "train-text-encoder": "false",
     }  # fmt: skip
     return ["train", str(demo_photos), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]

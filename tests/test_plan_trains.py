@@ -129,7 +129,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_run_with_a_plan_is_the_run_without_it(tiny_run: Path, tmp_path: Path, settings: dict[str, object]):
     plain = {"gradient_checkpointing": "none", "blocks_to_swap": None, "precompute_modulation": None}
-    shared = {"preservation_rate": 0.3, "caption_swap_rate": 0.3, "preview_every": 4}
+    shared = {"preservation_rate": 0.3, "preview_every": 4}
     recipes = [settings | shared, settings | plain | shared]
     runs = [untrained(tiny_run, tmp_path / str(i), **changes) for i, changes in enumerate(recipes)]
     for run in runs:

@@ -54,7 +54,7 @@ def terminated(process: subprocess.Popen[str], run: RunDir) -> str:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_as_one_does_with_the_double_batch(tiny_run: Path, tmp_path: Path, accumulation: int):
-    settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.3, "caption_swap_rate": 0.3, "gradient_accumulation": accumulation}
+    settings = {"caption_dropout_rate": 0.3, "preservation_rate": 0.3, "gradient_accumulation": accumulation}
     one = untrained(tiny_run, tmp_path / "one", batch_size=2, **settings)
     two = untrained(tiny_run, tmp_path / "two", batch_size=1, **settings)
     encode.run(one), encode.run(two)
@@ -75,7 +75,7 @@ def test_a_base_divided_between_two_processes_gives_the_same_bytes_as_one_that_e
     # What `accelerate launch` with configs/accelerate/fsdp2.yaml sets. Validation and previews pass through the base too, so both must come along.
     divided = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     settings = {"batch_size": 1, "preview_every": 2, "gradient_checkpointing": "all", "validation_photos": 1, "validation_every": 2}
-    settings |= {"preservation_rate": 0.5, "caption_swap_rate": 0.5}
+    settings |= {"preservation_rate": 0.5}
     runs = []
     for name, changed in (("whole", {}), ("divided", divided)):
         run = untrained(tiny_run, tmp_path / name, **settings)

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from lorabooth.compiled import try_compiled
 from lorabooth.sizes import blocks_of
-from train.data import CLASS_PREFIX, counts
+from train.data import CLASS_PREFIX, preserving
 from train.objective import loss_of
 from train.trainer import Trainer
 
@@ -19,15 +19,14 @@ def compile_blocks(trainer: Trainer) -> None:
 
     config, accelerator = trainer.config, trainer.accelerator
     whole = config.batch_size * accelerator.num_processes
-    # Every share of preserved and swapped items that a batch can have, but those of fewer than one in a thousand.
-    shares = {counts(config, whole, i / 1000, step) for i in range(1000) for step in (0, config.caption_swap_after)}
+    shares = {preserving(config, whole, draw) for draw in (0, 0.999)}  # every share of preserved items that more than one batch in a thousand has
 
     def each_shape() -> None:
         for group in tqdm(shapes, desc="compile (once, a minute or two)", unit="shape", disable=not accelerator.is_main_process):
-            # The whole batch that training will have, and this process's part of it: its size, what of it preserves and what is swapped are parts of the shape.
+            # The whole batch that training will have, and this process's part of it: its size and what of it preserves are parts of the shape.
             picked = (group * whole)[:whole]
-            for preserved, swapped in {(0, 0)} if group[0].photo.startswith(CLASS_PREFIX) else shares:
-                batch = trainer.cache.compose(picked, [item.photo for item in picked], preserved, swapped, trainer.part)
+            for preserved in {0} if group[0].photo.startswith(CLASS_PREFIX) else shares:
+                batch = trainer.cache.compose(picked, [item.photo for item in picked], preserved, trainer.part)
                 loss_of(trainer, batch, torch.Generator().manual_seed(0)).backward()
 
     try:

@@ -7,7 +7,6 @@ would have drawn without the interruption.
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -114,40 +113,17 @@ class Batch:
     mine: slice
     preserved: int
     """Of how many items of the whole, the first ones, the base's own prediction is the target. Each is the twin of one of the last."""
-    swapped: int
-    """How many items of the whole, the last ones, learn under the caption of another photo."""
-    asked: tuple[int, ...]
-    """The items of this part that the base is asked about: those that preserve; the swapped ones for the captions of their photos, unless they are the twins
-    of the first, for which it says the same; the swapped ones for the captions they learn under. In a part that has neither the first item, for nothing."""
-    base: Conditioning | None
-    """The captions it is asked about them, with the class phrase; None where the whole batch has neither."""
-
-    def asked_of(self, rows: Tensor) -> Tensor:
-        """Of a tensor with a row for each item, those of `asked`; without an index on the device, which would have to be sent there."""
-        return torch.stack([rows[i] for i in self.asked])
 
     @property
     def own_preserved(self) -> int:
         """How many of the preserved items are in this process's part."""
         return len(range(self.preserved)[self.mine])
 
-    @property
-    def own_swapped(self) -> int:
-        """How many of the swapped items are in this process's part, the last ones of it."""
-        return sum(i >= self.whole - self.swapped for i in range(self.whole)[self.mine])
 
-
-def counts(config: TrainConfig, size: int, draw: float, step: int) -> tuple[int, int]:
-    """How many items of a batch preserve, and how many get captions of other photos, by a draw from [0, 1) and the step that the batch is of.
-
-    As many of each batch as the rates say, not whole batches: all kinds pull at once, and the weights swing less between them. Both follow from one draw,
-    so that at equal rates each of the one kind is the twin of one of the other; but a batch of one item can be only one of them.
-    """
-    preserved = int(config.preservation_rate * size + draw)
-    if size == 1:
-        draw = (draw + config.preservation_rate) % 1
-    swapped = int(config.caption_swap_rate * size + draw) if config.caption_swap_rate and step >= config.caption_swap_after else 0
-    return preserved, min(swapped, size - preserved)
+def preserving(config: TrainConfig, size: int, draw: float) -> int:
+    """How many items of a batch preserve, by a draw from [0, 1): as many of each batch as the rate says, not whole batches, so that both kinds
+    pull at once and the weights swing less between them."""
+    return int(config.preservation_rate * size + draw)
 
 
 class Sampler:
@@ -157,7 +133,7 @@ class Sampler:
         self.by_bucket: dict[Bucket, list[Item]] = defaultdict(list)
         for item in all_items:
             self.by_bucket[item.bucket].append(item)
-        self.batch_size, self.seed, self.photos = batch_size, seed, sorted({item.photo for item in all_items})
+        self.batch_size, self.seed = batch_size, seed
         self.per_epoch = len(all_items)
         """Batches in which each item is seen exactly `batch_size` times: so a shape of n items fills n whole batches."""
 
@@ -179,9 +155,8 @@ class Sampler:
 class Cache:
     """Reads what `train encode` wrote; everything is small enough to be kept in host memory after the first use."""
 
-    def __init__(self, run: RunDir, photos: Sequence[str] = ()):
-        """photos: the stems of those whose captions others may get."""
-        self.folder, self.photos = run.cache, tuple(photos)
+    def __init__(self, run: RunDir):
+        self.folder = run.cache
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def _file(self, name: str) -> dict[str, Tensor]:
@@ -197,28 +172,22 @@ class Cache:
         files = [self._file(text_name(s)) for s in stems]
         return Conditioning(**{name: torch.stack([file[name] for file in files]) for name in files[0]})
 
-    def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY, step: int = 0) -> Batch:
+    def batch(self, picked: list[Item], config: TrainConfig, rng: random.Random, mine: slice = EVERY) -> Batch:
         """The tensors of some items. A share of captions is dropped to the bare trigger; a share of items gives its place to twins of the last ones,
-        with the class phrase where the trigger was; a share, the last ones, learns under captions of other photos.
+        with the class phrase where the trigger was.
 
-        mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes. step: of the run.
+        mine: the part of the batch that this process computes; what is drawn is drawn for the whole, alike in all processes.
         """
         others = picked[0].photo.startswith(CLASS_PREFIX)
         dropped = EMPTY if others else TRIGGER_ONLY
         stems = [dropped if rng.random() < config.caption_dropout_rate else item.photo for item in picked]
-        preserved, swapped = counts(config, len(picked), rng.random(), step) if config.asks_base and not others else (0, 0)
-        for i in range(len(picked) - swapped, len(picked)):
-            stems[i] = rng.choice([photo for photo in self.photos if photo != picked[i].photo] or [picked[i].photo])
-        return self.compose(picked, stems, preserved, swapped, mine)
+        return self.compose(picked, stems, 0 if others else preserving(config, len(picked), rng.random()), mine)
 
-    def compose(self, picked: list[Item], stems: list[str], preserved: int, swapped: int, mine: slice) -> Batch:
+    def compose(self, picked: list[Item], stems: list[str], preserved: int, mine: slice) -> Batch:
         """The tensors of some items that learn under the captions `stems`, where the first of them have given their place to twins of the last ones."""
         whole = len(picked)
         picked = picked[whole - preserved :] + picked[preserved:]
-        own, part = [item.photo + CLASS_SUFFIX for item in picked], range(whole)[mine]
-        first, last = [i for i in part if i < preserved], [i for i in part if i >= whole - swapped]
-        asked_own = first if [whole - preserved + i for i in first] == last else first + last  # of twins both see one picture
-        about, base = asked_own + last, [own[i] for i in asked_own] + [stems[i] + CLASS_SUFFIX for i in last]
+        stems = [item.photo + CLASS_SUFFIX for item in picked[:preserved]] + stems[preserved:]
         files = [self._file(item.latents_name) for item in picked[mine]]
         latents = torch.stack([file["latents"] for file in files])
         even = torch.ones(latents[0, 0].numel() // 4, 1)  # an image token is 2 x 2 cells
@@ -226,14 +195,11 @@ class Cache:
         return Batch(
             latents,
             weights,
-            self.conditioning((own[:preserved] + stems[preserved:])[mine]),
+            self.conditioning(stems[mine]),
             tuple(item.photo for item in picked[mine]),
             whole,
             mine,
             preserved,
-            swapped,
-            tuple(part.index(i) for i in about) or (0,),
-            self.conditioning(base or own[mine][:1]) if preserved or swapped else None,
         )
 
 

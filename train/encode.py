@@ -58,7 +58,7 @@ def texts(run_dir: RunDir, family: Flux1, manifest: Manifest) -> dict[str, str]:
     """Every text a run needs encoded, by its stem in the cache: captions (with the class phrase, too), bare trigger, empty prompt, previews."""
     config = run_dir.config
     named = {stem(photo): training_text(run_dir, family, stem(photo)) for photo in manifest.photos}
-    if config.asks_base:
+    if config.preservation_rate:
         named |= {name + CLASS_SUFFIX: of_class(text, config.trigger_word, config.class_phrase) for name, text in named.items()}
     if config.prior_rate:
         named |= {name: one_line(photo.caption or f"a photo of {config.class_phrase}") for name, photo in class_photos(run_dir).items()}

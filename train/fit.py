@@ -141,13 +141,13 @@ def start(run_dir: RunDir, config: TrainConfig, family: Flux1, accelerator: Acce
         module.train()
     name = optimizers.chosen(config, device)
     ema = [p.detach().clone() for p in parameters]
-    untrained = [p.detach().clone() for p in live] if config.asks_base else []
+    untrained = [p.detach().clone() for p in live] if config.preservation_rate else []
     state = TrainState(0, parameters, ema, optimizers.build(name, dict(zip(names, parameters, strict=True)), config), name, plan.precision)
     # A step takes one batch from the sampler, and each process its part of it.
     size = config.batch_size * accelerator.num_processes
     sampler, prior = Sampler(items(Manifest.load(run_dir.path), config), size, config.seed), class_items(run_dir, config)
     others = Sampler(prior, size, config.seed) if prior else None
-    cache = Cache(run_dir, sampler.photos)
+    cache = Cache(run_dir)
     return Trainer(run_dir, config, family, accelerator, plan, transformer, live, state, untrained, sampler, others, cache, modulation, text_encoder)
 
 
@@ -200,8 +200,7 @@ def _batch(trainer: Trainer, index: int) -> tuple[Batch, torch.Generator]:
     """This process's part of the batch with an index, and what draws its noise."""
     rng, generator = _randomness(trainer.config.seed, index)
     sampler = trainer.others if trainer.others and rng.random() < trainer.config.prior_rate else trainer.sampler
-    step = index // trainer.config.gradient_accumulation
-    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, trainer.part, step), generator
+    return trainer.cache.batch(sampler.batch(index), trainer.config, rng, trainer.part), generator
 
 
 def _look_ahead(trainer: Trainer, index: int) -> None:
@@ -212,10 +211,8 @@ def _look_ahead(trainer: Trainer, index: int) -> None:
     first = index // WINDOW * WINDOW
     last = min(first + WINDOW, trainer.config.steps * trainer.config.gradient_accumulation)
     batches = [(batch, drawn(trainer, batch, generator)[1]) for batch, generator in (_batch(trainer, i) for i in range(first, last))]
-    moments = [(sigma, batch.conditioning.pooled) for batch, sigma in batches]
-    moments += [(batch.asked_of(sigma), batch.base.pooled) for batch, sigma in batches if batch.base]
-    sigmas, pooled = (torch.cat(part) for part in zip(*moments, strict=True))
-    trainer.modulation.expect(sigmas, GUIDANCE_IN_TRAINING, pooled)
+    pooled = torch.cat([batch.conditioning.pooled for batch, _ in batches])
+    trainer.modulation.expect(torch.cat([sigma for _, sigma in batches]), GUIDANCE_IN_TRAINING, pooled)
     trainer.modulation.window = index // WINDOW
 
 

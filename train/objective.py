@@ -28,18 +28,16 @@ def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[T
     """The noise, as the batch's latents, and the noise levels [B] that a generator draws for it.
 
     An item that preserves and its twin that learns have the same, at a high level. What both pull at cancels, and what stays is what the trigger word
-    makes; and under little noise the model sees who it is, whatever the prompt says, so that preserving teaches it to blur. What learns under another
-    photo's caption has a high level too, where the prompt decides what is seen.
+    makes; and under little noise the model sees who it is, whatever the prompt says, so that preserving teaches it to blur.
     """
 
     def levels() -> Tensor:
         return flow.sample_sigma(trainer.config.sigma_sampling, batch.whole, batch.weights.shape[1], generator)
 
     noise, sigma, count = torch.randn((batch.whole, *batch.latents.shape[1:]), generator=generator), levels(), batch.preserved
-    if count or batch.swapped:
-        high, swapped = torch.stack([levels() for _ in range(HIGHEST_OF)]).amax(0), batch.whole - batch.swapped
+    if count:
         twins = min(count, batch.whole - count)  # where less than half learn, the first have none
-        sigma[:count], sigma[swapped:] = high[:count], high[swapped:]
+        sigma[:count] = torch.stack([levels() for _ in range(HIGHEST_OF)]).amax(0)[:count]
         sigma[batch.whole - twins :] = sigma[count - twins : count]
         noise[:count] = noise[batch.whole - count :].clone()
     return noise[batch.mine], sigma[batch.mine]
@@ -48,9 +46,7 @@ def drawn(trainer: Trainer, batch: Batch, generator: torch.Generator) -> tuple[T
 def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
     """[B, N, 64], fp32, weighted by the photos' masks; noise as the latents, sigma [B].
 
-    Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). Where it
-    learns under another photo's caption, the target is moved by what that caption changes in the base's prediction of the class: the trigger word shall add
-    the same to every scene. Conditions that are independent of each other add up in this way (conjunction in Liu et al. 2022, arXiv 2206.01714).
+    Where an item preserves, the target is the base's own prediction (as in learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282).
     """
     device = trainer.accelerator.device
     x_0, noise, levels = (sent(t, device) for t in (flow.pack(batch.latents), flow.pack(noise), sigma))
@@ -63,13 +59,11 @@ def squared_error(trainer: Trainer, batch: Batch, noise: Tensor, sigma: Tensor) 
             trainer.modulation.show(sigma, GUIDANCE_IN_TRAINING, prompts.pooled)
         return trainer.family.velocity(trainer.transformer, x, levels, GUIDANCE_IN_TRAINING, trainer.conditioned(prompts), ids).float()
 
-    if batch.base:  # all processes, even those without such items: where they share the base's weights, none can pass alone
+    if batch.preserved:
+        count = batch.own_preserved
+        asked = max(1, count)  # all processes, even those without such items: where they share the base's weights, none can pass alone
         with with_weights(trainer, trainer.untrained), evaluating(trainer):
-            own = predict(batch.asked_of(x), batch.asked_of(sigma), batch.asked_of(levels), batch.base)
-        count, learning = batch.own_preserved, len(x) - batch.own_swapped
-        there = len(own) - batch.own_swapped
-        here = there - batch.own_swapped
-        target[learning:] += own[there:] - own[here:there]
+            own = predict(x[:asked], sigma[:asked], levels[:asked], batch.conditioning.first(asked))
         target = torch.cat([own[:count], target[count:]])
         weights = torch.cat([torch.ones_like(weights[:count]), weights[count:]])
     return weights * (predict(x, sigma, levels, batch.conditioning) - target).square()

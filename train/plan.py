@@ -107,7 +107,7 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
         "base": ((sum(blocks) - sum(swapped)) / plan.shards + slots) * each + shapes.rest * wide,
         "text encoder": shapes.text_encoder * wide,
         # In the base's precision: live, their gradients, the start where the base is asked; in fp32: master copy, its gradient, averaged weights.
-        "LoRA": shapes.lora * ((2 * wide if wide == 2 else 0) + 3 * 4 + (wide if config.asks_base else 0)),
+        "LoRA": shapes.lora * ((2 * wide if wide == 2 else 0) + 3 * 4 + (wide if config.preservation_rate else 0)),
         "optimiser": shapes.lora * optimizer_bytes(config.optimizer),
         "activations": tokens * 2 * _saved(plan, shapes, config),
         "block at work": tokens * 2 * (WORKSPACE + (FP8_WORKSPACE if plan.precision == "fp8" else 0)) * shapes.width,
@@ -126,8 +126,8 @@ def _blocks(plan: MemoryPlan, shapes: Shapes) -> tuple[int, ...]:
 
 
 def _ahead(shapes: Shapes, config: TrainConfig) -> float:
-    """Values that are computed ahead: what the modulation's linears make of each photo of a window, and of what the base is asked."""
-    return WINDOW * config.batch_size * (1 + config.asks_base) * shapes.modulation / shapes.width
+    """Values that are computed ahead: what the modulation's linears make of each photo of a window."""
+    return WINDOW * config.batch_size * shapes.modulation / shapes.width
 
 
 def optimizer_bytes(name: str) -> float:

@@ -18,7 +18,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 def measure(trainer: Trainer) -> float:
     """The mean loss of the held-out photos with the averaged weights, over `SIGMAS`."""
-    plain = trainer.config.model_copy(update={"caption_dropout_rate": 0.0, "preservation_rate": 0.0, "caption_swap_rate": 0.0})
+    plain = trainer.config.model_copy(update={"caption_dropout_rate": 0.0, "preservation_rate": 0.0})
     batches = [(item, trainer.cache.batch([item], plain, random.Random(0))) for item in validation_items(Manifest.load(trainer.run.path), trainer.config)]
     errors = []
     with averaged(trainer):

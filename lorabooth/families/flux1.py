@@ -73,6 +73,10 @@ class Conditioning:
         """The same on another device or in another precision."""
         return Conditioning(sent(self.embeds, device).to(dtype), sent(self.pooled, device).to(dtype), self.clip_ids)
 
+    def first(self, count: int) -> "Conditioning":
+        """Only the first prompts."""
+        return Conditioning(self.embeds[:count], self.pooled[:count], None if self.clip_ids is None else self.clip_ids[:count])
+
 
 Part = TypeVar("Part")
 Module = TypeVar("Module", bound=torch.nn.Module)
