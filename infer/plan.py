@@ -26,8 +26,8 @@ DISK_SECONDS = 12.0
 ENCODERS = ("gpu", "host", "disk")
 ENCODERS_SHARE = 0.14
 """Of the text encoders, what is on the GPU where T5's blocks come from host memory: CLIP, T5's table of tokens, and places for two of its 24 blocks."""
-FP8_WORKSPACE = 22.0
-"""What fp8 products hold besides, in the units of WORKSPACE: their input in fp32 and what comes of it on the way to fp8."""
+FP8_WORKSPACE = 3.0
+"""What fp8 products hold besides, in the units of WORKSPACE: their input scaled, and in fp8."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,19 @@ class QuantizedLinear(nn.Linear):
 def small(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """A weight [out, in] as bytes (fp8 as its bits), and the scale [out, 1] of its rows."""
     rows = weight.float()
+    if precision == "fp8":
+        scale = fp8_scale(rows)
+        return (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
     scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[precision]
-    return ((rows / scale).round().to(torch.int8) if precision == "int8" else (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)), scale
+    return (rows / scale).round().to(torch.int8), scale
+
+
+def fp8_scale(rows: Tensor) -> Tensor:
+    """The scale [N, 1], fp32, with which each row of [N, K] fits into fp8: a power of two, so that multiplying and dividing by it is exact in any precision,
+    and fp8 loses nothing, for what it holds is a floating point number as well."""
+    least = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / LARGEST["fp8"]  # gradients are small, many under 1e-10
+    exponent = torch.bitwise_and(least.view(torch.int32), 0x7F800000)  # of a float's bits: the power of two at or below it
+    return 2 * exponent.view(torch.float32)
 
 
 class _Product(torch.autograd.Function):
@@ -108,7 +119,7 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        y = fp8_product(x, weight.view(torch.float8_e4m3fn).t(), scale.t())
+        y = fp8_product(x, weight.view(torch.float8_e4m3fn).t(), fast=True) * scale.t().to(x.dtype)
         return y if bias is None else y + bias
 
     @staticmethod
@@ -116,8 +127,7 @@ class _Fp8Product(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         # The rows' scales lie along the sum here, so they go to the gradient. The kernel wants the second matrix by columns: a copy, a byte a weight.
         columns = weight.t().contiguous().t().view(torch.float8_e4m3fn)
-        even = torch.ones(1, weight.shape[1], device=weight.device)
-        return fp8_product(gradients[0], columns, even, by=scale.t()), None, None, None
+        return fp8_product(gradients[0] * scale.t().to(gradients[0].dtype), columns), None, None, None
 
 
 @cache
@@ -126,14 +136,16 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def fp8_product(x: Tensor, columns: Tensor, column_scale: Tensor, by: Tensor | None = None) -> Tensor:
-    """x [..., K] (times `by` [1, K]) @ columns [K, M] in fp8, stored by columns, times column_scale [1, M]; in x's precision."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    rows = rows if by is None else rows * by
-    row_scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST["fp8"]  # gradients are small, many under 1e-10
-    small = (rows / row_scale).to(torch.float8_e4m3fn)
-    y = torch._scaled_mm(small, columns, scale_a=row_scale, scale_b=column_scale.contiguous(), out_dtype=torch.bfloat16)
-    return y.to(x.dtype).view(*x.shape[:-1], columns.shape[1])
+def fp8_product(x: Tensor, columns: Tensor, fast: bool = False) -> Tensor:
+    """x [..., K] @ columns [K, M] in fp8, stored by columns; in x's precision. fast: sums are kept in some 22 bits, as the tensor cores have them.
+
+    Rows are scaled before and after, not by the kernel: with a scale for each row torch takes one of CUTLASS, which is slow with exact sums
+    (pytorch/ao#1325) and missing on some GPUs (pytorch#192707); without, cuBLAS has one for all.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    scale, one = fp8_scale(rows).to(x.dtype), torch.ones((), device=x.device)
+    y = torch._scaled_mm((rows / scale).to(torch.float8_e4m3fn), columns, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return (y.to(x.dtype) * scale).view(*x.shape[:-1], columns.shape[1])
 
 
 def wide(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

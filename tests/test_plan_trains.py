@@ -14,7 +14,7 @@ from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.lora import LoraSpec
-from lorabooth.quantized import QuantizedLinear, quantized
+from lorabooth.quantized import QuantizedLinear, fp8_scale, quantized
 from lorabooth.runs import RunDir
 from lorabooth.sizes import blocks_of
 from tests.test_processes import untrained
@@ -102,6 +102,17 @@ def test_products_in_fp8_stay_near(plainly: tuple[torch.Tensor, torch.Tensor], m
         assert (mine - plain).norm() / plain.norm() < 0.05
     for mine, plain in zip(forward_and_backward(MemoryPlan("fp8", 0, 0, False)), plainly, strict=True):
         assert 0 < (mine - plain).norm() / plain.norm() < 0.12
+
+
+def test_scales_of_fp8_are_powers_of_two_that_fit_and_waste_at_most_half():
+    rows = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 200)[:, None]
+    rows = torch.cat([rows, torch.tensor([[448.0], [448.1], [447.9], [1.0]]).expand(4, 64)])
+    scale = fp8_scale(rows)
+    assert scale.dtype == torch.float32 and torch.all(torch.frexp(scale).mantissa == 0.5)
+    largest = rows.abs().amax(1, keepdim=True) / scale
+    assert 224 <= largest.min() and largest.max() <= 448
+    assert torch.equal(fp8_scale(rows.bfloat16()).bfloat16().float(), fp8_scale(rows.bfloat16()))
+    assert torch.isfinite(torch.zeros(2, 64) / fp8_scale(torch.zeros(2, 64))).all(), "a row of nothing stays nothing"
 
 
 def test_exactly_the_first_blocks_run_twice():

@@ -45,8 +45,8 @@ WORTH_STEPS = 200
 """Below this many steps compiling takes longer than it saves."""
 WORKSPACE = 12.0
 """Gradients and temporaries of the block at work, in the same units: twice the feed-forward's width, and the residual streams."""
-FP8_WORKSPACE = 16.0
-"""What fp8 products hold besides: their input in fp32, before and after it is scaled, of up to five widths."""
+FP8_WORKSPACE = 5.0
+"""What fp8 products hold besides: their input scaled, and in fp8, of up to five widths."""
 
 
 @dataclass(frozen=True)
