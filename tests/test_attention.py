@@ -42,6 +42,25 @@ def test_a_kernel_with_wrong_gradients_is_not_taken_however_fast(monkeypatch: py
     assert fastest([*found, good, Trial(SDPBackend.MATH, 0.003, 2.0)]) == good.backend
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_kernel_is_tried_on_whole_tiles_and_on_rests_and_a_gradient_that_is_no_number_counts(wrong: int, monkeypatch: pytest.MonkeyPatch):
+    right, sizes = F.scaled_dot_product_attention, set[tuple[int, int]]()
+
+    def with_nan(*inputs: torch.Tensor) -> torch.Tensor:
+        if inputs[0].dtype == torch.float32:
+            return right(*inputs)
+        sizes.add((inputs[0].shape[2], inputs[1].shape[2]))
+        copies = [t.clone() for t in inputs]
+        if inputs[1].shape[2] == 448:
+            copies[wrong].register_hook(lambda gradient: gradient * float("nan"))
+        return right(*copies)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", with_nan)
+    found = trials(CPU, torch.bfloat16, heads=2, width=32, tokens=1000, candidates=(SDPBackend.MATH,))
+    assert [trial.error for trial in found] == [torch.inf] and fastest(found) is None
+    assert sizes == {(512, 512), (384, 512), (500, 500), (375, 500), (448, 448), (336, 448), (1000, 1000)}
+
+
 def test_the_recipe_and_the_base_say_what_is_tried(monkeypatch: pytest.MonkeyPatch):
     used: list[SDPBackend] = []
     monkeypatch.setattr(attention, "use", used.append)
