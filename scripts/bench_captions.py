@@ -93,14 +93,14 @@ def table(record: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/captions.json"), show_default=True, help="Where the figures go.")
-@click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Timed batches of each size, after one to warm up.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Timed batches of each size, after one to warm up.")
 @click.option("--tiny", is_flag=True, help="A tiny model on the CPU: tries this script, measures nothing.")
 def bench(out: Path, rounds: int, tiny: bool) -> None:
     """Time captions by a LLaVA of random weights and write the figures as JSON.
 
     \b
     Example:
-      python -m scripts.bench_captions --rounds 10
+      TMPDIR=/dev/shm python -m scripts.bench_captions
     """
     if not tiny and not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU, and a LLaVA of the true size needs one (--tiny tries this script on the CPU)")

@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -51,6 +52,8 @@ from train.planning import HOST_SHARE, plans_for, shapes_of
 
 WARM_UP_STEPS = 5
 PHOTO = Photo("00001.png", "random numbers", 1024, 1024, "", None)
+UPRIGHT = Photo("00001.png", "random numbers", 896, 1152, "", None)
+"""As phones make them; attention's kernels get tokens that fill no whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Case:
     px: int
     settings: dict[str, Any] = field(default_factory=dict)
     card_gib: int | None = None
+    photo: Photo = PHOTO
 
     @property
     def name(self) -> str:
         """What to call it in a table."""
         card = f"{self.card_gib} GB card: " if self.card_gib else ""
+        card += "upright, " if self.photo is UPRIGHT else ""
         eager = ", not compiled" if self.settings.get("compile_blocks") is False else ""
         optimizer = f", {self.settings['optimizer']}" if "optimizer" in self.settings else ""
         return f"{card}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}{optimizer}"
@@ -73,14 +78,14 @@ class Case:
 
 PARTS = ("table", "plans", "cards")
 PLANS: list[dict[str, Any]] = [
-    {"precision": "bf16", "gradient_checkpointing": "none"},
-    {"precision": "bf16", "gradient_checkpointing": "all"},
-    {"precision": "bf16", "gradient_checkpointing": "none", "precompute_modulation": True},
-    {"precision": "int8", "gradient_checkpointing": "none"},
     {"precision": "fp8", "gradient_checkpointing": "none"},
-    {"precision": "nf4", "gradient_checkpointing": "none"},
+    {"precision": "bf16", "gradient_checkpointing": "all"},
+    {"precision": "int8", "gradient_checkpointing": "none"},
+    {"precision": "bf16", "gradient_checkpointing": "none", "precompute_modulation": True},
     {"precision": "int8", "blocks_to_swap": 30},
+    {"precision": "nf4", "gradient_checkpointing": "none"},
     {"precision": "bf16", "blocks_to_swap": 57, "precompute_modulation": True},
+    {"precision": "bf16", "gradient_checkpointing": "none"},
 ]
 
 
@@ -88,17 +93,19 @@ def cases(part: str, size: Size) -> list[Case]:
     """What a part times, what says most first: every size and batch with the automatic plan; each way to save memory at the largest size; small cards."""
     if part == "table":
         kinds: tuple[dict[str, Any], ...] = ({}, {"compile_blocks": False})
-        found = [Case(part, px, {"batch_size": batch} | kind) for kind in kinds for batch in (1, 4) for px in size.sides_px]
-        return [*found, Case(part, size.sides_px[0], {"batch_size": 1, "optimizer": "adamw"})]
+        sides = (size.sides_px[-1], *size.sides_px[:-1])
+        found = [Case(part, px, {"batch_size": batch} | kind) for kind in kinds for batch in (1, 4) for px in sides]
+        others = Case(part, sides[0], {"batch_size": 1}, photo=UPRIGHT), Case(part, sides[1], {"batch_size": 1, "optimizer": "adamw"})
+        return [*found[:2], *others, *found[2:]]
     if part == "plans":
         return [Case(part, size.sides_px[-1], plan) for plan in PLANS]
-    return [Case(part, px, {}, card) for card in (24, 16, 12, 8) for px in size.sides_px]
+    return [Case(part, px, {}, card) for px in reversed(size.sides_px) for card in (24, 12, 16, 8)]
 
 
 def write_run(folder: Path, family: Flux1, size: Size, dtype: torch.dtype, case: Case) -> RunDir:
     """A run that has been encoded: one photo, of random latents and random conditioning."""
     config = TrainConfig.model_validate({"trigger_word": "TOK", "model": family.model, "resolution": case.px, "preview_every": 0} | case.settings)
-    run, manifest = RunDir.create(folder, config), Manifest((PHOTO,), ())
+    run, manifest = RunDir.create(folder, config), Manifest((case.photo,), ())
     (folder / "manifest.jsonl").write_text(manifest.to_jsonl(), encoding="utf-8")
     run.cache.mkdir()
     for item in items(manifest, config):
@@ -155,11 +162,12 @@ def time_case(case: Case, folder: Path, family: Flux1, size: Size, accelerator: 
         torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card_gib * 2**30 - CONTEXT_BYTES) / total))
     try:
         forget(device)
-        times, losses = step_times(run, family, accelerator, expected.plan, steps)
-        assert all(map(math.isfinite, losses)), f"the loss of {case.name} is not finite: {losses}"
-        deciles = quantiles(times, n=10, method="inclusive")
-        timed = speed(median(times), run.config.batch_size * size.step_tflop(case.px), rate)
-        return result | timed | {"p10_seconds": deciles[0], "p90_seconds": deciles[-1]} | memory(device)
+        timed = step_times(run, family, accelerator, expected.plan, steps)
+        assert all(map(math.isfinite, timed.losses)), f"the loss of {case.name} is not finite: {timed.losses}"
+        deciles = quantiles(timed.singly, n=10, method="inclusive")
+        result |= speed(median(timed.singly), run.config.batch_size * size.step_tflop(case.px), rate)
+        result |= {"p10_seconds": deciles[0], "p90_seconds": deciles[-1], "seconds_in_a_row": timed.in_a_row, "compile_seconds": timed.compiling}
+        return result | memory(device)
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True} | memory(device)
     except Exception as error:  # a kernel that fails, a loss that is not finite: the other cases say something all the same
@@ -171,14 +179,42 @@ def time_case(case: Case, folder: Path, family: Flux1, size: Size, accelerator: 
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: MemoryPlan, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step after the warm-up, and all losses."""
-    trainer = fit.start(run, run.config, family, accelerator, plan)
-    if wanted(run.config.compile_blocks, plan, accelerator.device, run.config.steps):
-        compile_blocks(trainer)
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of steps one by one, after the warm-up; of one where the host runs ahead as it does in training; of compiling; and all losses."""
+
+    singly: list[float]
+    in_a_row: float
+    compiling: float
+    losses: list[float]
+
+
+def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: MemoryPlan, steps: int) -> Timed:
+    """Time training's own step."""
+    trainer, device, compiling = fit.start(run, run.config, family, accelerator, plan), accelerator.device, 0.0
+    if wanted(run.config.compile_blocks, plan, device, run.config.steps):
+        compiling = seconds_of(lambda: compile_blocks(trainer), device)
     losses: list[torch.Tensor] = []
-    times = [seconds_of(lambda: losses.append(fit.train_step(trainer)[0]), accelerator.device) for _ in range(WARM_UP_STEPS + steps)]
-    return times[WARM_UP_STEPS:], torch.stack(losses).tolist()
+
+    def take(count: int) -> None:
+        losses.extend(fit.train_step(trainer)[0] for _ in range(count))
+
+    singly = [seconds_of(lambda: take(1), device) for _ in range(WARM_UP_STEPS + steps)]
+    in_a_row = seconds_of(lambda: take(steps), device) / steps
+    return Timed(singly[WARM_UP_STEPS:], in_a_row, compiling, torch.stack(losses).tolist())
+
+
+def has_8bit_optimizers(device: torch.device) -> bool:
+    """Whether bitsandbytes, training's default on a GPU, takes a step on this one."""
+    weights = torch.zeros(1 << 16, device=device, requires_grad=True)
+    weights.grad = torch.ones_like(weights)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+
+        AdamW8bit([weights]).step()
+    except Exception:  # not installed, or without a library for this CUDA
+        return False
+    return True
 
 
 def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
@@ -217,7 +253,8 @@ def check(what: str, steps: int, size: Size, device: torch.device, out: Path, mi
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu, "model": size.name, "versions": versions}
-    record |= {"timed_steps": steps, "gemm_tflop_per_second": rate, "rows": []}
+    record |= {"timed_steps": steps, "gemm_tflop_per_second": rate, "host_memory_bytes": memory_bytes(), "cudnn": torch.backends.cudnn.version(), "rows": []}
+    settings: dict[str, Any] = {} if device.type == "cpu" or has_8bit_optimizers(device) else {"optimizer": "adamw"}
     with tempfile.TemporaryDirectory() as folder:
         family = write_model(Path(folder) / "model", size)
         if device.type == "cuda":
@@ -225,13 +262,19 @@ def check(what: str, steps: int, size: Size, device: torch.device, out: Path, mi
             record["attention"] = choose_kernel(max(largest.resolutions_px), family, device)
         write(out, record)
         parts = PARTS if what in ("train", "all") else tuple(part for part in PARTS if part == what)
-        for i, case in enumerate(tqdm([case for part in parts for case in cases(part, size)], desc="trainings", disable=not parts)):
-            if time.monotonic() > end:
+        turns = zip_longest(*(cases(part, size) for part in parts))  # some of each part, however early the end comes
+        every, lost = [replace(case, settings=settings | case.settings) for turn in turns for case in turn if case], False
+        for i, case in enumerate(tqdm(every, desc="trainings", disable=not parts)):
+            if lost or time.monotonic() > end:
                 record["left_out"] = [*record.get("left_out", ()), f"{case.part}: {case.name} {case.settings}"]
                 continue
-            record["rows"].append(time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate))
+            try:
+                row = time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate)
+            except Exception as error:  # after some errors a GPU answers this process nothing any more
+                row, lost = {"what": "train", "part": case.part, "name": case.name, "failed": f"{type(error).__name__}: {error}"}, True
+            record["rows"].append(row)
             write(out, record)
-        if what in ("generate", "all"):
+        if what in ("generate", "all") and not lost:
             for found in time_generating(family, size, device, Path(folder), min(steps, 3)):
                 write(out, record | {"generating": found})
             record["generating"] = found
@@ -249,13 +292,15 @@ def table(record: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     lines = [f"{record['model']} on {record['gpu'] or 'the CPU'}; GEMM {record['gemm_tflop_per_second']:.3g} TFLOP/s", ""]
     lines += [
-        "| | plan | seconds | p10-p90 | TFLOP/s | MFU | peak allocated / reserved, GB | estimate, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | plan | seconds | p10-p90 | in a row | TFLOP/s | MFU | compiling, s | peak allocated / reserved, GB | estimate, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in record["rows"]:
         spread = f"{r['p10_seconds']:.3f}-{r['p90_seconds']:.3f}" if "p10_seconds" in r else ""
         peaks = f"{r['peak_allocated_gb']} / {r['peak_reserved_gb']}" if "peak_allocated_gb" in r else ""
-        timed = f"{r['seconds']:.3f} | {spread} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%}" if "seconds" in r else " | | | "
+        timed = " | | | | | "
+        if "seconds" in r:
+            timed = f"{r['seconds']:.3f} | {spread} | {r['seconds_in_a_row']:.3f} | {r['tflop_per_second']:.3g} | {r['mfu']:.1%} | {r['compile_seconds']:.0f}"
         wrong = ": out of memory" if "out_of_memory" in r else f": {r['failed']}" if "failed" in r else ""
         plan = f"{r.get('plan') or r.get('refused', '')}{wrong}"
         expected = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""

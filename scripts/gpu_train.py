@@ -8,6 +8,7 @@ has changed by then is drift. Random weights say nothing of quality, and nothing
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,36 +81,40 @@ def makers(family: RandomFlux, size: Size, px: int, count: int, device: torch.de
 
 
 def timed(make: Callable[[], Arm], steps: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of an arm's step, what its first steps took beside that, and its peak memory; or that the memory ran out."""
+    """Seconds of an arm's step, one by one and in a row, of making the arm (ours compiles then) and what its first steps took besides (the script does
+    then), and its peak memory; or that the memory ran out."""
     AcceleratorState._reset_state(reset_partial_state=True)  # the script wants mixed precision of accelerate, and our arms do not
-    forget(device)
     try:
+        forget(device)
+        start = time.perf_counter()
         arm = make()
+        making = time.perf_counter() - start
         first = sum(seconds_of(arm.step, device) for _ in range(WARM_UP_STEPS))
         times = [seconds_of(arm.step, device) for _ in tqdm(range(steps), desc=arm.name, unit="step")]
+        in_a_row = seconds_of(lambda: [arm.step() for _ in range(steps)], device) / steps
     except torch.OutOfMemoryError:
         return {"out_of_memory": True} | memory(device)
     except Exception as error:  # the other arms say something all the same
         return {"failed": f"{type(error).__name__}: {error}"} | memory(device)
     deciles = quantiles(times, n=10, method="inclusive")
-    found = {"median_seconds": median(times), "p10_seconds": deciles[0], "p90_seconds": deciles[-1]}
-    return found | {"warm_up_seconds": first - WARM_UP_STEPS * median(times)} | memory(device)
+    found = {"median_seconds": median(times), "p10_seconds": deciles[0], "p90_seconds": deciles[-1], "seconds_in_a_row": in_a_row}
+    return found | {"making_seconds": making, "warm_up_seconds": first - WARM_UP_STEPS * median(times)} | memory(device)
 
 
 def table(record: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["| pictures | arm | median | p10 to p90 | peak allocated | ours over it |", "|---|---|---|---|---|---|"]
+    lines = ["| pictures | arm | median | p10 to p90 | in a row | peak allocated | ours over it |", "|---|---|---|---|---|---|---|"]
     for case in record["cases"]:
         best = min((row["median_seconds"] for name, row in case["arms"].items() if name.startswith(OURS) and "median_seconds" in row), default=math.nan)
         for name, row in case["arms"].items():
             peak = f"{row['peak_allocated_gb']:.1f} GB" if "peak_allocated_gb" in row else "-"
             if "median_seconds" not in row:
                 wrong = row.get("failed", "out of memory")
-                lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | {wrong} | - | {peak} | - |")
+                lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | {wrong} | - | - | {peak} | - |")
                 continue
             spread = f"{row['p10_seconds']:.3f} to {row['p90_seconds']:.3f} s"
-            ratio = f"{best / row['median_seconds']:.2f}"
-            lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | {row['median_seconds']:.3f} s | {spread} | {peak} | {ratio} |")
+            seconds, ratio = f"{row['median_seconds']:.3f} s | {spread} | {row['seconds_in_a_row']:.3f} s", f"{best / row['median_seconds']:.2f}"
+            lines.append(f"| {case['px']} px, batch {case['batch']} | {name} | {seconds} | {peak} | {ratio} |")
     return "\n".join(lines)
 
 
