@@ -3,6 +3,7 @@
 A class is chosen here by the model's type and never by what a repository asks for, so that no code of a repository can run.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from lorabooth.device import base_dtype, compute_device
-from lorabooth.errors import UserError
+from lorabooth.device import base_dtype, compute_device, free_gpu_bytes
+from lorabooth.errors import UserError, out_of_memory
 from lorabooth.machine import memory_bytes
 
 transformers_logging.disable_progress_bar()  # a bar for the tensors of a model would hide ours
@@ -85,15 +86,16 @@ def load(folder: Path, precision: str) -> Loaded:
     dtype = base_dtype(device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "output_loading_info": True}
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
+    gc.collect()  # of a captioner that failed while it was loaded: transformers takes the room of all weights first
+    free = free_gpu_bytes(device) if device.type == "cuda" else memory_bytes()[1]
     if fitting_precision(precision, stored, free, device.type == "cuda") == "nf4":
         options["quantization_config"] = quantization(family, dtype)
     try:
         processor = photo_processor(family).from_pretrained(folder, trust_remote_code=False)
         model, info = getattr(transformers, family.model).from_pretrained(folder, **options)
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is used up") from None
     except BROKEN as error:
+        if out_of_memory(error):
+            raise UserError("the GPU's memory is used up") from None
         raise UserError(f"it cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise UserError(f"its files lack {len(info['missing_keys']) + len(info['mismatched_keys'])} of the model's weights")

@@ -20,7 +20,7 @@ from captioning.cleaning import complete
 from captioning.models import Loaded, first_line, load
 from captioning.styles import Prompt
 from lorabooth import hub
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, out_of_memory
 
 FILES = (*hub.ALLOWED, "*.jinja")
 """Weights, configs, tokenizers and chat templates, which are rendered in a sandbox."""
@@ -89,9 +89,9 @@ class VisionCaptioner:
             inputs = self._inputs(pictures)
             with torch.inference_mode():
                 said = loaded.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        except torch.OutOfMemoryError:
-            return None
         except BROKEN as error:
+            if out_of_memory(error):
+                return None
             why = first_line(error)
         else:
             return [self._answer(tokens) for tokens in said]

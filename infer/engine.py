@@ -7,7 +7,6 @@ other sizes are rounded differently, on a CPU by a level of 255, on a GPU by at 
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +23,8 @@ from infer.progress import Progress
 from infer.request import Request, Source
 from infer.settings import DEFAULT, Settings
 from lorabooth import sampling
-from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device
-from lorabooth.errors import UserError
+from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device, free_gpu_bytes
+from lorabooth.errors import UserError, unless_out_of_memory
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
 from lorabooth.machine import memory_bytes
@@ -110,7 +109,7 @@ class Engine:
     def read(self, requests: Sequence[Request], loras: tuple[LoraChoice, ...] = ()) -> None:
         """Encode the prompts of requests that come, all at once: where the text encoders do not stay, they are loaded once for all."""
         while True:
-            with suppress(torch.OutOfMemoryError):
+            with unless_out_of_memory():
                 return self._read(requests, loras)
             self._lighten()
 
@@ -127,7 +126,7 @@ class Engine:
         Where the GPU's memory runs out, the base is loaded anew by the next lighter plan; a UserError where there is none.
         """
         while True:
-            with suppress(torch.OutOfMemoryError):
+            with unless_out_of_memory():
                 return self._make(pieces, progress)
             self._lighten()  # not where the exception still holds the frames, and these the old base
 
@@ -200,8 +199,7 @@ def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: fl
     if on_gpu:
         speed = measured()
         if gpu_bytes is None:
-            torch.cuda.empty_cache()  # what the measuring took is free again
-            gpu_bytes = torch.cuda.mem_get_info(device)[0]
+            gpu_bytes = free_gpu_bytes(device)
         room = gpu_bytes, memory_bytes()[1] * HOST_SHARE
         precision = "fp8" if settings.fast and settings.precision == "auto" and multiplies_fp8(device) else settings.precision
         return choose(needs, speed, *room, precision, settings.swapped)

@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from lorabooth import __version__
-from lorabooth.errors import StageFailed, UserError
+from lorabooth.errors import StageFailed, UserError, out_of_memory
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -179,7 +179,7 @@ def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> i
         what, hint = MACHINE_FAILURES[error.errno]
         return _fail(f"lorabooth: {what}" + (f": {error.filename}" if error.filename else ""), hint)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for nothing here imports torch
+        if not out_of_memory(error):
             raise
         return _fail(
             "lorabooth: the GPU's memory is used up; what was saved is kept",

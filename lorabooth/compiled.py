@@ -11,6 +11,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from lorabooth.attention import in_use
+from lorabooth.errors import out_of_memory
 from lorabooth.notes import note
 from lorabooth.quantized import QuantizedLinear
 
@@ -44,9 +45,9 @@ def try_compiled(blocks: list[nn.Module], dynamic: bool | None, warm_up: Callabl
         block.forward = torch.compile(block.forward, dynamic=dynamic)
     try:
         warm_up()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # compilers fail in ways of their own: none on the machine, a kernel it cannot build
+        if out_of_memory(error):
+            raise
         for block in blocks:
             del block.forward  # its class's comes to light again
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

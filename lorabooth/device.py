@@ -42,6 +42,12 @@ def check_bf16(device: torch.device, native_px: int, model: str) -> None:
         )
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What a GPU has free, with what this process only keeps for later."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def check_memory(needed_bytes: int, what: str, hint: str) -> None:
     """A UserError at once where the free GPU memory cannot hold `needed_bytes`, instead of a failure minutes later."""
     if not torch.cuda.is_available():

@@ -1,5 +1,11 @@
 """What a user sees instead of a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FULL = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+"""What the messages say: CUDA's and Triton's; cuBLAS's and cuDNN's; cuDNN's again, which leaves out each kernel that has no room until none is left."""
+
 
 class UserError(Exception):
     """A problem the user can solve. `message` says what is wrong and the limit, `hint` how to go on.
@@ -25,6 +31,22 @@ def one_line(text: str) -> str:
 def is_utf8(text: str) -> bool:
     """Whether a text came from bytes in UTF-8; others Python passes on as half characters."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out. torch has a type for its own allocator only, and known by its name here, for nothing here imports torch; what the
+    libraries below it ask for beside that fails as some RuntimeError."""
+    return isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in FULL))
+
+
+@contextmanager
+def unless_out_of_memory() -> Iterator[None]:
+    """Leave the block where a GPU's memory runs out in it; what comes behind it is done when the exception's frames, and what they held, are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
 
 
 class StageFailed(Exception):

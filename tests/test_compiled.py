@@ -53,7 +53,8 @@ def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_ru
     trainer = fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
     compile_blocks(trainer)
     before = counters["stats"]["unique_graphs"]
-    shares = set()
+    shares, threads = set(), set()
+    trainer.live[0].register_hook(lambda _: threads.add(torch._C._is_multithreading_enabled()))
     for step in range(12):
         batch = fit._batch(trainer, step)[0]
         shares.add(batch.preserved)
@@ -62,6 +63,9 @@ def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_ru
     assert shares == {0, 1} and len(trainer.sampler.by_bucket) == 3
     assert counters["stats"]["unique_graphs"] == before > 0 and not counters["graph_break"]
     assert not any("limit" in reason for reason in counters["unimplemented"]), "no variant runs uncompiled"
+    assert threads == {False}, "another thread would recompute blocks with other settings of the compiler"
+    compile_blocks(fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True)))
+    assert counters["stats"]["unique_graphs"] == 2 * before, "a plan after this one has code of its own"
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ import pytest
 
 from infer import picture
 from lorabooth.cli import main
+from lorabooth.errors import out_of_memory
 from lorabooth.families.flux1 import tiny
 from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
@@ -115,3 +116,17 @@ def test_memory_that_is_used_up_on_the_gpu_is_one_sentence(monkeypatch: pytest.M
 
     assert cli.guarded(full, []) == 2
     assert "the GPU's memory is used up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_runs_out_in_more_than_torchs_own_type(error: Exception, full: bool):
+    assert out_of_memory(error) is full

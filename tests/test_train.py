@@ -109,13 +109,14 @@ def test_the_loss_of_held_out_photos_is_of_the_averaged_weights_and_of_the_same_
     assert measure(trainer) != loss
 
 
-def test_a_preview_that_the_gpu_has_no_room_for_is_decoded_on_the_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("full_error", [torch.OutOfMemoryError("no more"), RuntimeError("GET was unable to find an engine to execute this computation")])
+def test_a_preview_that_the_gpu_has_no_room_for_is_decoded_on_the_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch, full_error: RuntimeError):
     trainer, decode, calls = trainer_of(run), sampling.decode, []
 
     def full(*inputs):
         calls.append(inputs)
         if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise full_error
         return decode(*inputs)
 
     monkeypatch.setattr(sampling, "decode", full)

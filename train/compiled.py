@@ -7,7 +7,7 @@ from lorabooth.compiled import try_compiled
 from lorabooth.sizes import blocks_of
 from train.data import CLASS_PREFIX, preserving
 from train.objective import loss_of
-from train.trainer import Trainer
+from train.trainer import Trainer, backward
 
 FEW = 8
 """So few blocks, in one shape of picture, are compiled as one: that takes a CPU no longer, and a step is 5 to 9 % shorter (docs/LOG.md, 2026-11-28)."""
@@ -15,6 +15,7 @@ FEW = 8
 
 def compile_blocks(trainer: Trainer) -> None:
     """Compile the blocks and run each shape of picture once, forward and backward; where the compiler fails, go on without it."""
+    torch._dynamo.reset()  # code of a plan that did not fit keeps what that plan kept, and torch would take it again
     shapes = list(((trainer.others.by_bucket if trainer.others else {}) | trainer.sampler.by_bucket).values())
 
     config, accelerator = trainer.config, trainer.accelerator
@@ -27,7 +28,7 @@ def compile_blocks(trainer: Trainer) -> None:
             picked = (group * whole)[:whole]
             for preserved in {0} if group[0].photo.startswith(CLASS_PREFIX) else shares:
                 batch = trainer.cache.compose(picked, [item.photo for item in picked], preserved, trainer.part)
-                loss_of(trainer, batch, torch.Generator().manual_seed(0)).backward()
+                backward(loss_of(trainer, batch, torch.Generator().manual_seed(0)))
 
     try:
         blocks = blocks_of(trainer.transformer)

@@ -6,6 +6,7 @@ import random
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from traceback import clear_frames
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from lorabooth import __version__
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, out_of_memory
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
 from lorabooth.lora import LoraSpec, tensors
@@ -39,7 +40,7 @@ from train.planning import plans_for, plans_to_go_on
 from train.preview import preview
 from train.stopping import Agreement, stop_requests
 from train.trackers import end_trackers, start_trackers
-from train.trainer import Trainer
+from train.trainer import Trainer, backward
 from train.validation import measure
 
 LOG_EVERY = 10
@@ -93,7 +94,10 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
             compile_blocks(trainer)
         _loop(trainer)
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        clear_frames(error.__traceback__)  # they hold the step's activations, and to save takes a little room
         if trainer and trainer.state.step and accelerator.is_main_process:
             save_checkpoint(run_dir, trainer.state)
         return False
@@ -180,7 +184,7 @@ def train_step(trainer: Trainer) -> tuple[Tensor, tuple[str, ...]]:
         batch, generator = _batch(trainer, index)
         torch.manual_seed(generator.initial_seed() + accelerator.process_index)  # dropout draws from torch's own
         loss = loss_of(trainer, batch, generator) / parts
-        loss.backward()
+        backward(loss)
         trainer.collect_gradients()
         losses.append(loss.detach())
         photos += batch.photos
@@ -237,8 +241,8 @@ def _loop(trainer: Trainer) -> None:
         while state.step < config.steps:
             try:
                 loss, photos = train_step(trainer)
-            except torch.OutOfMemoryError:
-                if alone:  # the others would not come along
+            except RuntimeError as error:
+                if alone and out_of_memory(error):  # the others would not come along
                     _flush(trainer, [(step, loss.cpu(), photos) for step, loss, photos in pending], average)
                 raise
             pending.append((state.step, loss, photos))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from lorabooth.config import TrainConfig
-from lorabooth.device import check_bf16
+from lorabooth.device import check_bf16, free_gpu_bytes
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
@@ -31,10 +31,9 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: 
     if device.type == "cuda":
         check_bf16(device, family.native_px, config.model)
         speed = measured()
-        torch.cuda.empty_cache()  # what the measuring took is free again
         # The processes of one machine share its memory (torchrun and accelerate say how many they are).
         host_bytes = memory_bytes()[1] * HOST_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return choose(shapes, config, speed, torch.cuda.mem_get_info(device)[0], host_bytes, shards)
+        return choose(shapes, config, speed, free_gpu_bytes(device), host_bytes, shards)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
     words = {"auto": count if swapped else 0, "none": 0, "all": count}

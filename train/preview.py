@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorabooth import sampling
 from lorabooth.device import base_dtype
+from lorabooth.errors import unless_out_of_memory
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
 from lorabooth.runs import durable_file
 from train.encode import preview_stem
@@ -45,9 +46,9 @@ def preview(trainer: Trainer) -> None:
 
 def _decoded(trainer: Trainer, latents: Tensor) -> list[Image.Image]:
     """The pictures of latents [B, 16, h, w]; made on the CPU where the training has left the GPU no room for them."""
-    try:
-        vae = trainer.family.vae(trainer.accelerator.device, base_dtype(trainer.accelerator.device))
+    device = trainer.accelerator.device
+    with unless_out_of_memory():
+        vae = trainer.family.vae(device, base_dtype(device))
         return [sampling.decode(trainer.family, vae, row[None])[0] for row in latents]
-    except torch.OutOfMemoryError:
-        vae = trainer.family.vae(torch.device("cpu"), torch.float32)
-        return [sampling.decode(trainer.family, vae, row[None])[0] for row in latents]
+    vae = trainer.family.vae(torch.device("cpu"), torch.float32)
+    return [sampling.decode(trainer.family, vae, row[None])[0] for row in latents]

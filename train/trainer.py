@@ -105,6 +105,13 @@ class Trainer:
             torch._foreach_copy_(self.live, self.state.parameters)
 
 
+def backward(loss: Tensor) -> None:
+    """Gradients of the live weights, computed in the thread that calls. autograd has a thread of its own for each GPU, and there the compiler's settings
+    (lorabooth/compiled.py) are torch's own: a block compiled anew in it, when it is recomputed, would keep other tensors than it was to."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward()
+
+
 @contextmanager
 def with_weights(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
     """Other LoRA weights in place of the raw ones, and no gradients."""

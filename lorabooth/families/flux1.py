@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from lorabooth import flow, hub, mini
-from lorabooth.device import sent
-from lorabooth.errors import UserError
+from lorabooth.device import free_gpu_bytes, sent
+from lorabooth.errors import UserError, out_of_memory
 from lorabooth.licences import Licence, licence_of
 from lorabooth.machine import memory_bytes
 from lorabooth.pinned import pinned_bytes
@@ -244,7 +244,7 @@ class Flux1:
         try:
             return part.from_pretrained(folder, **options)  # type: ignore[attr-defined]
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # what the libraries raise on such files
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.model}: its {component} cannot be loaded: {reason}", hint="download the model again, or check the folder") from error
@@ -261,7 +261,7 @@ def fitted_encoder(encoder: T5EncoderModel, device: torch.device, free_bytes: fl
     """T5 (9.5 GB for FLUX.1-dev in bf16) on a device; where that has not the room, its blocks come from host memory one after the other; from pinned
     memory, where there is enough for a copy."""
     if free_bytes is None:
-        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        free_bytes = free_gpu_bytes(device) if device.type == "cuda" else math.inf
     size = sum(p.numel() * p.element_size() for p in encoder.parameters())
     if size + T5_WORKSPACE_BYTES < free_bytes:
         return _frozen(encoder, device)
