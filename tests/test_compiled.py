@@ -9,6 +9,7 @@ import torch._dynamo
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from trainers import trainer_of
 
 from lorabooth.families import load_family
 from lorabooth.runs import RunDir
@@ -64,8 +65,14 @@ def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_ru
     assert counters["stats"]["unique_graphs"] == before > 0 and not counters["graph_break"]
     assert not any("limit" in reason for reason in counters["unimplemented"]), "no variant runs uncompiled"
     assert threads == {False}, "another thread would recompute blocks with other settings of the compiler"
-    compile_blocks(fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True)))
-    assert counters["stats"]["unique_graphs"] == 2 * before, "a plan after this one has code of its own"
+
+
+def test_a_plan_after_another_has_code_of_its_own(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for _ in range(2):
+        counters.clear()
+        compile_blocks(trainer_of(run))
+        assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
