@@ -34,7 +34,7 @@ from lorabooth import sampling
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, check_memory
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, out_of_memory
 from lorabooth.families.flux1 import Flux1
 from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
@@ -70,10 +70,10 @@ class Case:
     def name(self) -> str:
         """What to call it in a table."""
         card = f"{self.card_gib} GB card: " if self.card_gib else ""
-        card += "upright, " if self.photo is UPRIGHT else ""
+        shape = "upright, " if self.photo is UPRIGHT else ""
         eager = ", not compiled" if self.settings.get("compile_blocks") is False else ""
         optimizer = f", {self.settings['optimizer']}" if "optimizer" in self.settings else ""
-        return f"{card}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}{optimizer}"
+        return f"{card}{shape}{self.px} px, batch {self.settings.get('batch_size', 1)}{eager}{optimizer}"
 
 
 PARTS = ("table", "plans", "cards")
@@ -138,6 +138,11 @@ def memory(device: torch.device) -> dict[str, float]:
     return {f"peak_{name}_gb": round(count / 1e9, 2) for name, count in peaks.items()}
 
 
+def failure(error: Exception) -> dict[str, Any]:
+    """What a row says in place of figures."""
+    return {"out_of_memory": True} if out_of_memory(error) else {"failed": f"{type(error).__name__}: {error}"}
+
+
 def forget(device: torch.device) -> None:
     """Free what nothing holds any more, and let the peaks start anew."""
     torch._dynamo.reset()  # what one case compiled must neither help nor hinder the next
@@ -168,10 +173,8 @@ def time_case(case: Case, folder: Path, family: Flux1, size: Size, accelerator: 
         result |= speed(median(timed.singly), run.config.batch_size * size.step_tflop(case.px), rate)
         result |= {"p10_seconds": deciles[0], "p90_seconds": deciles[-1], "seconds_in_a_row": timed.in_a_row, "compile_seconds": timed.compiling}
         return result | memory(device)
-    except torch.OutOfMemoryError:
-        return result | {"out_of_memory": True} | memory(device)
     except Exception as error:  # a kernel that fails, a loss that is not finite: the other cases say something all the same
-        return result | {"failed": f"{type(error).__name__}: {error}"} | memory(device)
+        return result | failure(error) | memory(device)
     finally:
         accelerator.free_memory()  # it keeps what it prepared: a second transformer in the next figure
         forget(device)
@@ -271,7 +274,7 @@ def check(what: str, steps: int, size: Size, device: torch.device, out: Path, mi
             try:
                 row = time_case(case, Path(folder) / f"run{i}", family, size, accelerator, steps, rate)
             except Exception as error:  # after some errors a GPU answers this process nothing any more
-                row, lost = {"what": "train", "part": case.part, "name": case.name, "failed": f"{type(error).__name__}: {error}"}, True
+                row, lost = {"what": "train", "part": case.part, "name": case.name, **failure(error)}, True
             record["rows"].append(row)
             write(out, record)
         if what in ("generate", "all") and not lost:

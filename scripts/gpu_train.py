@@ -29,7 +29,7 @@ from lorabooth.families.flux1_dev import CONFIGS
 from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
 from scripts.bench_train import AHEAD, AS_IT_IS, COMPILED, OURS, OURS_COMPILED, SETTINGS, Arm, our_arm
-from scripts.gpu_check import WARM_UP_STEPS, forget, memory, write
+from scripts.gpu_check import WARM_UP_STEPS, failure, forget, memory, write
 from scripts.peer import Batch, Peer
 from scripts.random_flux import DEV, TINY, RandomFlux, Size, random_conditioning, write_model
 
@@ -92,10 +92,8 @@ def timed(make: Callable[[], Arm], steps: int, device: torch.device) -> dict[str
         first = sum(seconds_of(arm.step, device) for _ in range(WARM_UP_STEPS))
         times = [seconds_of(arm.step, device) for _ in tqdm(range(steps), desc=arm.name, unit="step")]
         in_a_row = seconds_of(lambda: [arm.step() for _ in range(steps)], device) / steps
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True} | memory(device)
     except Exception as error:  # the other arms say something all the same
-        return {"failed": f"{type(error).__name__}: {error}"} | memory(device)
+        return failure(error) | memory(device)
     deciles = quantiles(times, n=10, method="inclusive")
     found = {"median_seconds": median(times), "p10_seconds": deciles[0], "p90_seconds": deciles[-1], "seconds_in_a_row": in_a_row}
     return found | {"making_seconds": making, "warm_up_seconds": first - WARM_UP_STEPS * median(times)} | memory(device)

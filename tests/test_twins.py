@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file
 from trainers import trainer_of
 
+from lorabooth import flow
+from lorabooth.config import TrainConfig
 from lorabooth.runs import RunDir
 from train import encode, fit, objective
+from train.data import preserving
 
 
 def part_of(trainer: fit.Trainer, index: int) -> slice:
@@ -73,29 +76,50 @@ def test_what_preserves_is_the_twin_of_one_that_learns_under_much_noise(run: Run
     if count < 2:  # what learns without a twin has the levels of the recipe
         assert sigmas[:, count : 4 - twins].mean() == pytest.approx(0.5, abs=0.06)
     assert sigmas[:, :count].mean() == pytest.approx(8 / 9, abs=0.03), "the mean of the highest of eight"
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_two_processes_draw_as_one_does_and_share_what_preserves(run: RunDir, count: int):
-    run._write_config(run.config.model_copy(update={"preservation_rate": 0.5}))
-    encode.run(run)
-    trainer = trainer_of(run)
-    picked = (trainer.sampler.batch(0) * 4)[:4]
-    stems, everything = [item.photo for item in picked], slice(None)
-    with torch.no_grad():
-        for p in trainer.state.parameters:
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-
-    def computed(part: slice) -> tuple[torch.Tensor, int]:
-        batch = trainer.cache.compose(picked, stems, count, part)
-        noise, sigma = objective.drawn(trainer, batch, torch.Generator().manual_seed(0))
-        return objective.squared_error(trainer, batch, noise, sigma), batch.own_preserved
-
-    whole, _ = computed(everything)
+    # Two processes draw as one does, and share what preserves.
     shares = []
     for index in range(2):
         part = part_of(trainer, index)
-        errors, share = computed(part)
-        torch.testing.assert_close(errors, whole[part], rtol=1e-3, atol=1e-4)
-        shares.append(share)
+        mine = replace(whole, mine=part)
+        noise, sigma = objective.drawn(trainer, mine, torch.Generator().manual_seed(0))
+        assert torch.equal(noise, drawn[0][0][part]) and torch.equal(sigma, drawn[0][1][part])
+        shares.append(mine.own_preserved)
     assert sum(shares) == count and max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(("rate", "size"), [(0.25, 4), (0.25, 1), (0.3, 2), (0.1, 3), (0, 1), (0.9, 1)])
+def test_the_share_of_a_batch_that_preserves_is_what_the_rate_says(rate: float, size: int):
+    config = TrainConfig(trigger_word="TOK", preservation_rate=rate)
+    found = [preserving(config, size, i / 1000) for i in range(1000)]
+    assert sum(found) / (1000 * size) == pytest.approx(rate, abs=0.01) and max(found) <= size
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+def test_the_target_of_what_preserves_is_the_bases_own_prediction_in_each_process(run: RunDir, rate: float):
+    config = run.config.model_copy(update={"preservation_rate": rate, "sigma_sampling": "uniform"})
+    run._write_config(config)
+    encode.run(run)
+    trainer = trainer_of(run)
+    picked = (trainer.sampler.batch(0) * 2)[:4]
+    whole = trainer.cache.batch(picked, config, random.Random(2))
+    assert whole.preserved == 4 * rate
+    noise, sigma = objective.drawn(trainer, whole, torch.Generator().manual_seed(1))
+    x = flow.add_noise(flow.pack(whole.latents), flow.pack(noise), sigma)
+    ids = flow.image_ids(*whole.latents.shape[2:])
+    targets = flow.pack(noise) - flow.pack(whole.latents)
+    base = trainer.family.transformer(torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        for i, photo in enumerate(whole.photos[: whole.preserved]):
+            said = trainer.cache.conditioning([f"{photo}-class"])
+            targets[i] = trainer.family.velocity(base, x[i : i + 1], sigma[i : i + 1], 1.0, said, ids)[0]
+        for p in trainer.state.parameters:  # what the LoRA has learned is not in the target
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        trainer.transformer.eval()
+        predicted = trainer.family.velocity(trainer.transformer, x, sigma, 1.0, whole.conditioning, ids)
+        expected = (predicted - targets).square()
+        torch.testing.assert_close(objective.squared_error(trainer, whole, noise, sigma), expected, rtol=1e-3, atol=1e-4)
+        for index in range(2):  # each process knows the targets of its part, wherever the twins are
+            part = part_of(trainer, index)
+            batch = trainer.cache.batch(picked, config, random.Random(2), part)
+            own = objective.drawn(trainer, batch, torch.Generator().manual_seed(1))
+            torch.testing.assert_close(objective.squared_error(trainer, batch, *own), expected[part], rtol=1e-3, atol=1e-4)
