@@ -31,15 +31,15 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from lorabooth import mini
 from lorabooth.device import base_dtype
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import Conditioning, Flux1
 from lorabooth.mini.people import DEMO_ZIP
+from scripts import original
 from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
 from scripts.gpu_check import Case, write_run
-from scripts.peer import CPU, LAST_STEPS, Batch, Encoding, Peer, caption_of, read_photos
+from scripts.peer import CPU, LAST_STEPS, Batch, Encoding, Peer, read_photos
 from scripts.random_flux import TINY, Size, random_conditioning, write_model
 from train import fit
 from train.compiled import compile_blocks
@@ -168,33 +168,27 @@ def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_scrip
             times[name].append(time.perf_counter() - start)
             if done.returncode:
                 raise click.ClickException(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-            losses[name] += last_losses(folder / f"ours-{i}" / "metrics.jsonl") if name == OURS else [float(done.stdout.split()[-1])] if not peer_script else []
+            if name == OURS:
+                losses[name].append(mean(step_losses(folder / f"ours-{i}" / "metrics.jsonl")[-LAST_STEPS:]))
+            else:
+                losses[name].append(
+                    mean(event.value for event in original.losses(folder / f"peer-{i}")[-LAST_STEPS:]) if peer_script else float(done.stdout.split()[-1])
+                )
     ratio = median(times[OURS]) / median(times[AS_IT_IS])
     record = {"steps": steps, "seconds": times, "ratio": ratio, "peer": "the original script" if peer_script else "scripts/peer.py"}
     return record | {f"loss_of_the_last_{LAST_STEPS}": {name: [round(loss, 4) for loss in found] for name, found in losses.items()}}
 
 
-def last_losses(metrics: Path) -> list[float]:
-    """The mean of a run's last losses."""
-    found = [row["loss"] for line in metrics.read_text(encoding="utf-8").splitlines() if "loss" in (row := json.loads(line))]
-    return [mean(found[-LAST_STEPS:])]
+def step_losses(metrics: Path) -> list[float]:
+    """The loss of each step of a run."""
+    return [row["loss"] for line in metrics.read_text(encoding="utf-8").splitlines() if "loss" in (row := json.loads(line))]
 
 
 def peer_command(script: Path | None, photos: Path, out: Path, steps: int) -> list[str]:
-    """The original script, with the inputs under its own names, or our restatement of it."""
-    if script is None:
-        return [sys.executable, "-m", "scripts.peer", str(photos), str(out), "--steps", str(steps), "--batch-size", "4"]
-    rows = [{"file_name": file.name, "text": caption_of(file)} for file in sorted(photos.glob("*.png"))]
-    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    layers = "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out"
-    layers += ",ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out"
-    options = {
-        "pretrained_model_name_or_path": str(mini.FOLDER), "dataset_name": str(photos), "caption_column": "text", "instance_prompt": "a portrait of TOK",
-        "output_dir": str(out), "resolution": "128", "train_batch_size": "4", "max_train_steps": str(steps), "rank": "16", "lora_layers": layers,
-        "learning_rate": "1e-3", "guidance_scale": "1", "optimizer": "adamw", "weighting_scheme": "none", "max_sequence_length": "48", "seed": "42",
-        "mixed_precision": "no", "lr_warmup_steps": "0",
-    }  # fmt: skip
-    return [sys.executable, str(script), *(word for name, value in options.items() for word in (f"--{name}", value))]
+    """The original script, or our restatement of it."""
+    if script is not None:
+        return original.command(script, photos, out, SETTINGS | {"batch_size": 4}, steps)
+    return [sys.executable, "-m", "scripts.peer", str(photos), str(out), "--steps", str(steps), "--batch-size", "4"]
 
 
 def table(record: dict[str, Any]) -> str:

@@ -45,14 +45,14 @@ class Batch:
 class Peer:
     """The script's trainer: `batch()` gives what a step trains on, cached or made anew. On a GPU in bf16, as with --mixed_precision bf16."""
 
-    def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU):
+    def __init__(self, family: Flux1, settings: dict[str, Any], batch: Callable[[], Batch], compiled: bool = False, device: torch.device = CPU, seed: int = 0):
         self.family, self.batch, self.device, self.dtype = family, batch, device, base_dtype(device)
         # device_placement: everything is on the device already.
         on_gpu = device.type == "cuda"
         self.accelerator = Accelerator(cpu=not on_gpu, device_placement=False, mixed_precision="bf16" if on_gpu else "no")
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.plain = family.transformer(device, self.dtype)
-        self.parameters = LoraSpec(settings["lora_rank"], settings["lora_rank"], settings["targets"]).attach(self.plain, seed=0)
+        self.parameters = LoraSpec(settings["lora_rank"], settings["lora_rank"], settings["targets"], init="gaussian").attach(self.plain, seed)
         for p in self.parameters:  # which the script keeps in the base's precision
             p.data = p.data.to(device, self.dtype)
         self.plain.train()

@@ -48,7 +48,7 @@ def test_json_is_for_programs_and_needs_no_network(tmp_path: Path):
         *("libraries", "optional", "disk", "hub_login", "models", "can", "problems"),
     }
     assert findings["memory_total_bytes"] >= findings["memory_available_bytes"] > 0
-    assert findings["libraries"]["torch"] == findings["torch"]["version"]
+    assert findings["torch"]["version"].startswith(findings["libraries"]["torch"]), "torch of the package index says which CUDA it is for in the latter only"
     assert findings["hub_login"] == "HF_TOKEN"
     assert CANARY not in done.stdout + done.stderr
 
