@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny(tmp_path_factory.mktemp("stages") / "tiny flux")
 
 
-def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_picture(
-    model: Path, demo_photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
-    run = RunDir(tmp_path / "run")
+@pytest.fixture(scope="module")
+def trained(model: Path, demo_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, list[str], str]:
+    """A finished run, the command that made it, and what that printed."""
+    run = RunDir(tmp_path_factory.mktemp("trained") / "run")
     train = ["train", str(demo_photos), "--model", str(model), *SETTINGS, "--steps", "2", "--preview-every", "2", "--out", str(run.path)]
-    assert main(train) == 0
-    [following] = [line.removeprefix("next:") for line in capfd.readouterr().out.splitlines() if line.startswith("next:")]
+    with redirect_stdout(StringIO()) as printed:
+        assert main(train) == 0
+    return run, train, printed.getvalue()
+
+
+def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_picture(
+    model: Path, trained: tuple[RunDir, list[str], str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run, train, printed = trained
+    [following] = [line.removeprefix("next:") for line in printed.splitlines() if line.startswith("next:")]
     command, *arguments = shlex.split(following)
     assert command == "lorabooth"
     assert main([*arguments, "--steps", "1", "--format", "png", "--out", str(tmp_path / "pictures")]) == 0
@@ -89,21 +99,20 @@ def test_photos_that_changed_since_are_refused_and_a_touched_file_is_not(demo_ph
     assert "has changed since the run" in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_another_base(demo_photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    folder, other = tiny(tmp_path / "model"), tiny(tmp_path / "other", seed=1)
-    run = RunDir(tmp_path / "run")
-    train = ["train", str(demo_photos), "--model", str(folder), *SETTINGS, "--steps", "1", "--preview-every", "0", "--out", str(run.path)]
-    assert main(train) == 0
-    shutil.rmtree(run.checkpoints)
-    shutil.rmtree(run.cache)
+def test_a_run_does_not_go_on_with_another_base(model: Path, trained: tuple[RunDir, list[str], str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (run, train, _), other = trained, tiny(tmp_path / "other", seed=1)
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    train = [*train[:-1], str(tmp_path / "run")]
     for component in ("vae", "transformer"):
-        kept = shutil.move(folder / component, tmp_path / f"kept {component}")
-        shutil.copytree(other / component, folder / component)
-        capfd.readouterr()
-        assert main(train) == 2
-        assert f"the {component} of model has changed since the run" in capfd.readouterr().err
-        shutil.rmtree(folder / component)
-        shutil.move(kept, folder / component)
+        kept = shutil.move(model / component, tmp_path / f"kept {component}")
+        shutil.copytree(other / component, model / component)
+        try:
+            capfd.readouterr()
+            assert main(train) == 2
+            assert f"the {component} of {model.name} has changed since the run" in capfd.readouterr().err
+        finally:
+            shutil.rmtree(model / component)
+            shutil.move(kept, model / component)
 
 
 def test_memory_that_is_used_up_on_the_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
