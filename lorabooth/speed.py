@@ -20,18 +20,34 @@ class Speed:
     name: str
 
 
-ASSUMED = Speed(150, 900, 20, "an RTX 4090 (assumed)")
+RTX_4090 = Speed(150, 900, 20, "an RTX 4090 (assumed)")
+CARDS = (
+    (8, Speed(27, 245, 12, "an RTX 4060 (assumed)")),
+    (12, Speed(52, 450, 20, "an RTX 4070 (assumed)")),
+    (16, Speed(88, 645, 20, "an RTX 4080 (assumed)")),
+    (24, RTX_4090),
+    (32, Speed(190, 1600, 40, "an RTX 5090 (assumed)")),
+    (48, Speed(250, 780, 20, "an L40S (assumed)")),
+    (80, Speed(750, 3000, 40, "an H100 (assumed)")),
+    (141, Speed(790, 4300, 40, "an H200 (assumed)")),
+)
+"""GiB of memory and speed of a card that people have with so much: NVIDIA's data sheets (dense bf16 products with fp32 sums), less what practice takes off."""
 
 SIDE = 4096
 COPY_BYTES = 256 * 1024**2
 WARM_UP_SECONDS = 0.25
 
 
+def speed_of(gpu_bytes: float) -> Speed:
+    """The first CUDA GPU's; without one, that of a card with so much free memory."""
+    if torch.cuda.is_available():
+        return measured()
+    return next((speed for gib, speed in CARDS if gpu_bytes <= gib * 2**30), CARDS[-1][1])
+
+
 @cache
 def measured() -> Speed:
-    """The first CUDA GPU's; without one, an assumed card's."""
-    if not torch.cuda.is_available():
-        return ASSUMED
+    """The first CUDA GPU's."""
     a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     near, host = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda"), torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     return Speed(

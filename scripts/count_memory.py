@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.sizes import GB, blocks_of
-from lorabooth.speed import ASSUMED
+from lorabooth.speed import RTX_4090
 from scripts.bench_startup import machine_record
 from scripts.bench_train import SETTINGS
 from scripts.gpu_check import Case, write_run
@@ -131,7 +131,7 @@ def our_step(
 ) -> tuple[Callable[[], Callable[[], Any]], float]:
     """How to make ours by a plan, and the bytes that the plan expects, without its reserve. What a plan has in host memory is on this device, too."""
     run = write_run(folder, family, size, torch.bfloat16, Case("count", px, settings | {"compile_blocks": False}))
-    expected = estimate(plan, shapes_of(run.config, family), run.config, ASSUMED)
+    expected = estimate(plan, shapes_of(run.config, family), run.config, RTX_4090)
     here = cast(Accelerator, SimpleNamespace(device=META, num_processes=1, process_index=0, is_main_process=True))
 
     def make() -> Callable[[], Any]:

@@ -23,7 +23,7 @@ from lorabooth.lora import LoraSpec
 from lorabooth.pinned import PinnedMemory, pinned_bytes
 from lorabooth.quantized import put_blocks
 from lorabooth.sizes import GB, blocks_of, linears, spread
-from lorabooth.speed import ASSUMED
+from lorabooth.speed import CARDS, RTX_4090, speed_of
 from lorabooth.swap import BlockSwap
 from scripts.bench_train import kept_bytes
 from scripts.random_flux import DEV, write_model
@@ -117,7 +117,7 @@ def test_compiled_blocks_do_not_keep_the_wide_copies_of_quantized_weights():
 
 def test_a_plan_that_recomputes_blocks_is_compiled_sparingly(dev: str):
     shapes, config = shapes_of(recipe(dev), load_family(dev)), recipe(dev, compile_blocks=True)
-    kept = [plan.estimate(MemoryPlan("bf16", k, 0, False), shapes, config, ASSUMED).items["activations"] for k in (0, 1, 2)]
+    kept = [plan.estimate(MemoryPlan("bf16", k, 0, False), shapes, config, RTX_4090).items["activations"] for k in (0, 1, 2)]
     assert kept[0] - kept[1] > 3 * (kept[1] - kept[2]) > 0
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_is_compiled_is_reckoned_with_what_the_compiler_keeps(dev: st
     shapes, fastest = shapes_of(recipe(dev), load_family(dev)), MemoryPlan("bf16", 0, 0, False)
 
     def activations(**settings: object) -> float:
-        return plan.estimate(fastest, shapes, recipe(dev, **settings), ASSUMED).items["activations"]
+        return plan.estimate(fastest, shapes, recipe(dev, **settings), RTX_4090).items["activations"]
 
     assert activations(steps=1000) == activations(compile_blocks=True) > 1.3 * activations(steps=100) == 1.3 * activations(compile_blocks=False)
     assert activations(compile_blocks=False, train_text_encoder=True) > 1.1 * activations(compile_blocks=False)
@@ -151,7 +151,7 @@ def test_blocks_in_host_memory_take_what_is_reckoned(ahead: bool, monkeypatch: p
     start_plan(transformer, chosen, CPU, random=False)
     [swap] = made
     taken = [4 * sum(place.host.numel() for places in swap.places for place in places), 4 * shapes.modulation * ahead]
-    assert plan.estimate(chosen, shapes, recipe("mini"), ASSUMED).host_bytes == sum(map(pinned_bytes, taken))
+    assert plan.estimate(chosen, shapes, recipe("mini"), RTX_4090).host_bytes == sum(map(pinned_bytes, taken))
 
 
 def test_pinned_memory_takes_no_more_than_is_reckoned(dev: str):
@@ -181,13 +181,13 @@ def test_blocks_that_come_and_go_are_evenly_apart(some: int, places: tuple[int, 
 @pytest.mark.parametrize(("vram_gb", "px"), [(24, 1024), (16, 1024), (12, 768), (8, 512)])
 def test_a_card_of_this_size_trains_at_this_resolution(dev: str, vram_gb: int, px: int):
     config = recipe(dev, resolution=str(px))
-    best = choose(shapes_of(config, load_family(dev)), config, ASSUMED, 0.95 * vram_gb * GB, HOST_BYTES)[0]
+    best = choose(shapes_of(config, load_family(dev)), config, RTX_4090, 0.95 * vram_gb * GB, HOST_BYTES)[0]
     assert best.bytes <= 0.95 * vram_gb * GB and best.plan.precision != "nf4"
 
 
 def test_a_large_card_gives_up_nothing_and_the_lighter_plans_are_lighter(dev: str):
     config = recipe(dev, resolution="1024")
-    found = choose(shapes_of(config, load_family(dev)), config, ASSUMED, 141 * GB, HOST_BYTES)
+    found = choose(shapes_of(config, load_family(dev)), config, RTX_4090, 141 * GB, HOST_BYTES)
     assert found[0].plan == MemoryPlan("bf16", 0, 0, False)
     assert all(a.bytes > b.bytes for a, b in pairwise(found)) and len(found) > 3
     assert plan.next_lighter(found[0].plan, found) == found[1].plan and plan.next_lighter(found[-1].plan, found) is None
@@ -195,23 +195,23 @@ def test_a_large_card_gives_up_nothing_and_the_lighter_plans_are_lighter(dev: st
 
 def test_what_is_asked_for_is_kept(dev: str):
     config = recipe(dev, precision="bf16", gradient_checkpointing=True, blocks_to_swap=20, precompute_modulation=True)
-    [best] = choose(shapes_of(config, load_family(dev)), config, ASSUMED, 24 * GB, HOST_BYTES)
+    [best] = choose(shapes_of(config, load_family(dev)), config, RTX_4090, 24 * GB, HOST_BYTES)
     assert best.plan == MemoryPlan("bf16", 57, 20, True)
     reads_the_base = recipe(dev, use_dora=True)
-    assert {e.plan.precision for e in fitting(shapes_of(config, load_family(dev)), reads_the_base, ASSUMED, 80 * GB, HOST_BYTES)} == {"bf16"}
+    assert {e.plan.precision for e in fitting(shapes_of(config, load_family(dev)), reads_the_base, RTX_4090, 80 * GB, HOST_BYTES)} == {"bf16"}
     on_norms = recipe(dev, targets="all-linear")
-    assert not any(e.plan.precomputed for e in fitting(shapes_of(on_norms, load_family(dev)), on_norms, ASSUMED, 80 * GB, HOST_BYTES))
+    assert not any(e.plan.precomputed for e in fitting(shapes_of(on_norms, load_family(dev)), on_norms, RTX_4090, 80 * GB, HOST_BYTES))
 
 
 def test_gpus_that_divide_the_base_hold_their_part_and_two_blocks(dev: str):
     config, shapes = recipe(dev), shapes_of(recipe(dev), load_family(dev))
-    together = choose(shapes, config, ASSUMED, 40 * GB, HOST_BYTES, 2)[0]
+    together = choose(shapes, config, RTX_4090, 40 * GB, HOST_BYTES, 2)[0]
     assert (together.plan.precision, together.plan.swapped, together.plan.precomputed, together.plan.shards) == ("bf16", 0, False, 2)
     largest = max(shapes.whole_blocks)
     assert together.items["base"] == pytest.approx(sum(shapes.blocks) + shapes.modulation + 2 * 2 * largest + 2 * shapes.rest)
-    assert choose(shapes, config, ASSUMED, 20 * GB, HOST_BYTES, 2)[0].plan.precision == "bf16", "24 GB of weights do not fit into 20 GB, halves do"
+    assert choose(shapes, config, RTX_4090, 20 * GB, HOST_BYTES, 2)[0].plan.precision == "bf16", "24 GB of weights do not fit into 20 GB, halves do"
     with pytest.raises(UserError, match=r"a base divided among GPUs \(FSDP\) stays on them and in bf16"):
-        choose(shapes, recipe(dev, precision="int8"), ASSUMED, 40 * GB, HOST_BYTES, 2)
+        choose(shapes, recipe(dev, precision="int8"), RTX_4090, 40 * GB, HOST_BYTES, 2)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_gpus_that_divide_the_base_hold_their_part_and_two_blocks(dev: str):
 def test_what_cannot_fit_is_refused_with_what_would(dev: str, changes: dict[str, object], vram_gb: int, advice: str):
     config = recipe(dev, **changes)
     with pytest.raises(UserError, match="GB of GPU memory") as refused:
-        choose(shapes_of(config, load_family(dev)), config, ASSUMED, vram_gb * GB, HOST_BYTES)
+        choose(shapes_of(config, load_family(dev)), config, RTX_4090, vram_gb * GB, HOST_BYTES)
     assert advice in refused.value.hint
 
 
 def test_weights_that_the_host_cannot_hold_are_not_put_there(dev: str):
     config = recipe(dev, resolution="768")
     shapes = shapes_of(config, load_family(dev))
-    assert all(e.host_bytes <= 4 * GB for e in fitting(shapes, config, ASSUMED, 24 * GB, 4 * GB))
+    assert all(e.host_bytes <= 4 * GB for e in fitting(shapes, config, RTX_4090, 24 * GB, 4 * GB))
 
 
 # The command
@@ -246,6 +246,20 @@ def test_the_command_says_memory_time_and_the_next_cheaper_plan(dev: str, capsys
     assert main(["plan", "--model", dev, "--vram-gb", "24", "--ram-gb", "60", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["plans"][0]["bytes"] <= 24 * GB and record["plans"][0]["plan"]["precision"] in plan.BEST_FIRST
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is here is measured")
+@pytest.mark.parametrize(
+    ("vram_gb", "name"),
+    [(7.5, "RTX 4060"), (8.5, "RTX 4060"), (12, "RTX 4070"), (24, "RTX 4090"), (25.7, "RTX 4090"), (80, "H100"), (141, "H200"), (200, "H200")],
+)
+def test_times_are_those_of_a_card_with_so_much_memory(vram_gb: float, name: str):
+    assert name in speed_of(vram_gb * GB).name
+
+
+def test_a_card_with_more_memory_is_no_slower():
+    speeds = [speed for _, speed in CARDS]
+    assert all(later.tflop > earlier.tflop for earlier, later in pairwise(speeds))
 
 
 def test_the_command_refuses_in_one_sentence(dev: str, capsys: pytest.CaptureFixture[str]):

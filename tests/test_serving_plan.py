@@ -15,7 +15,7 @@ from infer.settings import Settings
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.sizes import GB
-from lorabooth.speed import ASSUMED
+from lorabooth.speed import RTX_4090
 
 CPU = torch.device("cpu")
 
@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_large_card_has_everything_on_it(vram_gb: int, plan: str):
-    assert str(choose(true_needs(), ASSUMED, vram_gb * 0.97 * GB, 100 * GB)[0].plan) == plan
+    assert str(choose(true_needs(), RTX_4090, vram_gb * 0.97 * GB, 100 * GB)[0].plan) == plan
 
 
 @pytest.mark.parametrize("vram_gb", [24, 16, 12, 8])
 def test_each_smaller_card_has_a_plan_that_keeps_to_it(vram_gb: int):
-    estimates = choose(true_needs(), ASSUMED, vram_gb * 0.95 * GB, 48 * GB)
+    estimates = choose(true_needs(), RTX_4090, vram_gb * 0.95 * GB, 48 * GB)
     assert all(one.bytes <= vram_gb * 0.95 * GB for one in estimates)
     assert estimates[0].plan.precision != "nf4", "exactness that shows is lost last"
     assert all(a.bytes > b.bytes for a, b in pairwise(estimates))
@@ -42,7 +42,7 @@ def test_each_smaller_card_has_a_plan_that_keeps_to_it(vram_gb: int):
 
 def test_what_cannot_fit_is_refused_before_anything_loads():
     with pytest.raises(UserError, match=r"generating needs \d\.\d GB of GPU memory and .* at least; 3\.0 GB and 48\.0 GB are free") as caught:
-        choose(true_needs(), ASSUMED, 3 * GB, 48 * GB)
+        choose(true_needs(), RTX_4090, 3 * GB, 48 * GB)
     assert "--megapixels 0.25" in str(caught.value.hint)
     assert not any(plan.loras == "merged" for plan in candidates(true_needs(mixed=True)))
     with pytest.raises(UserError, match="blocks stored as nf4 stay on the GPU"):

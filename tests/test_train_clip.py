@@ -21,7 +21,7 @@ from lorabooth.families import load_family
 from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from lorabooth.sizes import GB
-from lorabooth.speed import ASSUMED
+from lorabooth.speed import RTX_4090
 from train import fit
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.plan import fitting
@@ -148,7 +148,7 @@ def test_the_modulation_is_not_computed_ahead_and_clip_has_its_place_in_the_plan
     clip = load_family("mini").clip(torch.device("cpu"), torch.float32)
     assert shapes.text_encoder == sum(p.numel() for p in clip.parameters())
     assert shapes.lora - plain.lora == 2 * 4 * 16 * (128 + 128), "two layers of four linears of 128 x 128, rank 16"
-    found = fitting(shapes, config, ASSUMED, 8 * GB, 8 * GB)
+    found = fitting(shapes, config, RTX_4090, 8 * GB, 8 * GB)
     assert found and not any(estimate.plan.precomputed for estimate in found)
     assert all(estimate.items["text encoder"] == 2 * shapes.text_encoder for estimate in found)
     with pytest.raises(UserError, match="precompute_modulation needs the pooled prompts ahead"):

@@ -1,7 +1,7 @@
 """`MemoryPlan`: how a training fits into the GPU it runs on, chosen by arithmetic before anything loads.
 
 All sizes are bytes of 10**9 to the GB. Activations were counted with `torch.autograd.graph.saved_tensors_hooks`
-(tests/test_plan.py counts them again); speeds come from the GPU itself where there is one (train/speed.py).
+(tests/test_plan.py counts them again); speeds come from the GPU itself where there is one, else from a card of that size (lorabooth/speed.py).
 """
 
 import re
