@@ -4,7 +4,7 @@ Steps: ours, and ours compiled, against three arms of the script (scripts/peer.p
 everything encoded ahead, which it cannot do for captions; and that compiled. Same base, LoRA, optimiser and batch; the arms take turns, and ratios are
 of medians. Two bases: FLUX.1-dev's 57 blocks made so narrow that nothing but the host's work for each operator is left, and the mini model.
 Besides seconds: the operators of a step, and the bytes that its forward pass keeps for the backward, which is the memory that grows with the picture.
-Job: both from a folder of photos to a LoRA file on the mini model, as processes of their own, in turns; `--peer-script` runs the original in its place.
+Job: each from a folder of photos to a LoRA file on the mini model, as processes of their own, in turns; `--peer-script` runs the original besides.
 """
 
 import gc
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ DEEP = replace(TINY, name="57 blocks, 16 wide", transformer=TINY.transformer | {
 WARM_UP_STEPS = 3
 SETTINGS: dict[str, Any] = {"lora_rank": 16, "targets": "attention+ff", "optimizer": "adamw", "caption_dropout_rate": 0.0, "learning_rate": 1e-3}
 OURS, OURS_COMPILED = "lorabooth", "lorabooth, compiled"
-AS_IT_IS, AHEAD, COMPILED = "script as it is", "script, encoded ahead", "script, encoded ahead, compiled"
+AS_IT_IS, AHEAD, COMPILED, ORIGINAL = "script as it is", "script, encoded ahead", "script, encoded ahead, compiled", "the original script"
 
 
 @dataclass(frozen=True)
@@ -151,44 +151,42 @@ def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_scrip
 
     The same work: without previews and preservation, which the script does not have, and without a LoRA on CLIP.
     """
-    common = ("--steps", str(steps), "--batch-size", "4")
-    times, losses = ({name: list[float]() for name in (OURS, AS_IT_IS)} for _ in range(2))
+    times, losses = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for i in tqdm(range(rounds), desc="whole job", unit="round"):
+        outs = {name: folder / f"{name}-{i}" for name in (OURS, AS_IT_IS, ORIGINAL)}
+        common = (str(photos), "--steps", str(steps), "--batch-size", "4", "--learning-rate", str(SETTINGS["learning_rate"]))
         commands = {
             OURS: [
-                *(sys.executable, "-m", "lorabooth", "train", str(photos), "--trigger", "TOK", "--model", "mini", *common),
+                *(sys.executable, "-m", "lorabooth", "train", *common, "--trigger", "TOK", "--model", "mini", "--out", str(outs[OURS])),
                 *("--preview-every", "0", "--preservation-rate", "0", "--train-text-encoder", "false"),
-                *("--learning-rate", "1e-3", "--out", str(folder / f"ours-{i}")),
             ],
-            AS_IT_IS: peer_command(peer_script, photos, folder / f"peer-{i}", steps),
+            AS_IT_IS: [sys.executable, "-m", "scripts.peer", *common, str(outs[AS_IT_IS])],
         }
+        if peer_script:
+            commands[ORIGINAL] = original.command(peer_script, photos, outs[ORIGINAL], SETTINGS | {"batch_size": 4}, steps)
         for name, command in commands.items():
             start = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             times[name].append(time.perf_counter() - start)
             if done.returncode:
                 raise click.ClickException(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-            if name == OURS:
-                losses[name].append(mean(step_losses(folder / f"ours-{i}" / "metrics.jsonl")[-LAST_STEPS:]))
+            if name == AS_IT_IS:  # prints the mean itself
+                losses[name].append(float(done.stdout.split()[-1]))
             else:
-                losses[name].append(
-                    mean(event.value for event in original.losses(folder / f"peer-{i}")[-LAST_STEPS:]) if peer_script else float(done.stdout.split()[-1])
-                )
-    ratio = median(times[OURS]) / median(times[AS_IT_IS])
-    record = {"steps": steps, "seconds": times, "ratio": ratio, "peer": "the original script" if peer_script else "scripts/peer.py"}
-    return record | {f"loss_of_the_last_{LAST_STEPS}": {name: [round(loss, 4) for loss in found] for name, found in losses.items()}}
+                each = step_losses(outs[OURS] / "metrics.jsonl") if name == OURS else [event.value for event in original.losses(outs[ORIGINAL])]
+                losses[name].append(mean(each[-LAST_STEPS:]))
+    ratios = {name: median(times[OURS]) / median(seconds) for name, seconds in times.items() if name != OURS}
+    return {
+        "steps": steps,
+        "seconds": times,
+        "ours_over": ratios,
+        f"loss_of_the_last_{LAST_STEPS}": {name: [round(x, 4) for x in found] for name, found in losses.items()},
+    }
 
 
 def step_losses(metrics: Path) -> list[float]:
     """The loss of each step of a run."""
     return [row["loss"] for line in metrics.read_text(encoding="utf-8").splitlines() if "loss" in (row := json.loads(line))]
-
-
-def peer_command(script: Path | None, photos: Path, out: Path, steps: int) -> list[str]:
-    """The original script, or our restatement of it."""
-    if script is not None:
-        return original.command(script, photos, out, SETTINGS | {"batch_size": 4}, steps)
-    return [sys.executable, "-m", "scripts.peer", str(photos), str(out), "--steps", str(steps), "--batch-size", "4"]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -215,7 +213,9 @@ def table(record: dict[str, Any]) -> str:
 @click.option("--job-steps", default=120, show_default=True, type=click.IntRange(min=0), help="Steps of the whole job; 0 leaves it out.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="How often the whole job is done by each.")
 @click.option("--compiled/--not-compiled", default=True, show_default=True, help="Whether there is an arm with torch.compile, which takes minutes.")
-@click.option("--peer-script", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The original train_dreambooth_lora_flux.py, for the job.")
+@click.option(
+    "--peer-script", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The original train_dreambooth_lora_flux.py, a third side of the job."
+)
 def bench(out: Path, steps: int, job_steps: int, rounds: int, compiled: bool, peer_script: Path | None) -> None:
     """Time training beside diffusers' script and write both as JSON.
 
