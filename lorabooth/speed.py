@@ -40,8 +40,11 @@ WARM_UP_SECONDS = 0.25
 
 def speed_of(gpu_bytes: float) -> Speed:
     """The first CUDA GPU's; without one, that of a card with so much free memory."""
-    if torch.cuda.is_available():
-        return measured()
+    return measured() if torch.cuda.is_available() else assumed(gpu_bytes)
+
+
+def assumed(gpu_bytes: float) -> Speed:
+    """That of a card with so much free memory, whatever is here."""
     return next((speed for gib, speed in CARDS if gpu_bytes <= gib * 2**30), CARDS[-1][1])
 
 

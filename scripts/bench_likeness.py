@@ -97,7 +97,7 @@ def original_arm(script: Path) -> Training:
         photos, out = write_photos(name, folder / "photos"), folder / "out"
         command = original.command(script, photos, out, settings_of(ORIGINAL, recipe), marks[-1], seed, save_every=math.gcd(*marks))
         start = time.time()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | original.ON_THE_CPU)
         if done.returncode:
             raise click.ClickException(f"{script} ended with {done.returncode}: {done.stderr[-2000:]}")
         logged = original.losses(out)
@@ -109,7 +109,7 @@ def original_arm(script: Path) -> Training:
 
 def write_photos(name: str, folder: Path) -> Path:
     """A person's photos with captions beside them."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, scene in enumerate(people.photos(name, "[trigger]")):
         scene.image().save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(scene.caption, encoding="utf-8")
@@ -117,9 +117,9 @@ def write_photos(name: str, folder: Path) -> Path:
 
 
 def settings_of(arm: str, recipe: TrainConfig) -> dict[str, Any]:
-    """What an arm takes from the recipe; the script knows no more than this of it."""
+    """What an arm takes from the recipe; the script knows no more than this of it, and its LoRA starts in its own way."""
     settings = recipe.recipe()
-    return settings if arm == OURS else {name: settings[name] for name in ("learning_rate", "lora_rank", "targets", "batch_size")}
+    return settings if arm == OURS else {name: settings[name] for name in ("learning_rate", "lora_rank", "targets", "batch_size")} | {"lora_init": "gaussian"}
 
 
 ARMS: dict[str, Training] = {OURS: ours, PEER: peer}

@@ -166,7 +166,7 @@ def compare_jobs(photos: Path, folder: Path, steps: int, rounds: int, peer_scrip
             commands[ORIGINAL] = original.command(peer_script, photos, outs[ORIGINAL], SETTINGS | {"batch_size": 4}, steps)
         for name, command in commands.items():
             start = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | original.ON_THE_CPU)
             times[name].append(time.perf_counter() - start)
             if done.returncode:
                 raise click.ClickException(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")

@@ -40,7 +40,7 @@ from lorabooth.machine import memory_bytes
 from lorabooth.photos import Manifest, Photo
 from lorabooth.runs import RunDir
 from lorabooth.sizes import Estimate
-from lorabooth.speed import RTX_4090
+from lorabooth.speed import assumed
 from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
 from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
@@ -120,7 +120,8 @@ def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: 
     """The plan that training would take, on this GPU or on a smaller card."""
     if card_gib is None:
         return plans_for(config, family, device)[0]
-    return choose(shapes_of(config, family), config, RTX_4090, card_gib * 2**30 - CONTEXT_BYTES, memory_bytes()[1] * HOST_SHARE)[0]
+    gpu_bytes = card_gib * 2**30 - CONTEXT_BYTES
+    return choose(shapes_of(config, family), config, assumed(gpu_bytes), gpu_bytes, memory_bytes()[1] * HOST_SHARE)[0]
 
 
 def gemm_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:

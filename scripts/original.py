@@ -1,7 +1,7 @@
 """diffusers' own `train_dreambooth_lora_flux.py`, unmodified, on the mini model: its command line, and the losses it logged.
 
-It is not part of diffusers' package (examples/dreambooth/ of its repository, by the installed version's tag) and wants torchvision and datasets besides
-what this project installs, both for the installed torch: `pip install torchvision==0.28.0 datasets` where torch is 2.13.
+It is not part of diffusers' package (examples/dreambooth/ of its repository) and wants torchvision and datasets besides what this project installs, the
+former for the installed torch: `pip install torchvision==0.28.0 datasets` where torch is 2.13 from the package index.
 """
 
 import json
@@ -15,7 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lorabooth import mini
 from lorabooth.families import load_family
 from lorabooth.lora import LoraSpec
-from scripts.peer import caption_of
+from scripts.peer import caption_of, photo_files
+
+METADATA = "metadata.jsonl"
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""The surroundings in which every side of a benchmark of the CPU runs, whatever else the machine has."""
 
 
 def command(script: Path, photos: Path, out: Path, settings: dict[str, Any], steps: int, seed: int = 42, save_every: int | None = None) -> list[str]:
@@ -36,13 +40,13 @@ def command(script: Path, photos: Path, out: Path, settings: dict[str, Any], ste
 
 def dataset(photos: Path, folder: Path) -> Path:
     """Photos and captions as the library `datasets` reads them: captions as files beside the photos would make it a folder of texts."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    if not (folder / METADATA).exists():
+        folder.mkdir(parents=True, exist_ok=True)
         rows = []
-        for file in sorted(photos.glob("*.png")):
+        for file in photo_files(photos):
             shutil.copyfile(file, folder / file.name)
             rows.append(json.dumps({"file_name": file.name, "text": caption_of(file)}) + "\n")
-        (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+        (folder / METADATA).write_text("".join(rows), encoding="utf-8")
     return folder
 
 

@@ -125,13 +125,17 @@ class Encoding:
 
 def read_photos(folder: Path, side: int) -> tuple[Tensor, list[str]]:
     """Photos [N, 3, side, side] in -1..1 and the captions beside them."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    rows = []
+    rows, files = [], photo_files(folder)
     for file in files:
         with Image.open(file) as image:
             picture = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
         rows.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1)
     return torch.stack(rows), [caption_of(file) for file in files]
+
+
+def photo_files(folder: Path) -> list[Path]:
+    """The photos in a folder, in one order."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
 
 
 def caption_of(photo: Path) -> str:
@@ -156,10 +160,9 @@ def main(photos: Path, out: Path, model: str, steps: int, batch_size: int, rank:
     Example:
       python -m scripts.peer photos out --steps 120
     """
-    torch.manual_seed(seed)
     family = load_family(model)
     encoding = Encoding(family, *read_photos(photos, family.native_px), batch_size, seed)
-    peer = Peer(family, {"lora_rank": rank, "targets": targets, "learning_rate": learning_rate}, encoding.batch)
+    peer = Peer(family, {"lora_rank": rank, "targets": targets, "learning_rate": learning_rate}, encoding.batch, seed=seed)
     losses = [peer.step() for _ in tqdm(range(steps), desc="peer", unit="step")]
     peer.save(out)
     click.echo(f"mean loss of the last {LAST_STEPS} steps: {mean(losses[-LAST_STEPS:])}")

@@ -5,20 +5,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import ClickException
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
 from lorabooth.families import load_family
 from lorabooth.lora import LoraSpec
 from scripts import bench_likeness, original
+from scripts.peer import Encoding, Peer, read_photos
 
 SETTINGS = {"lora_rank": 4, "targets": "attention+ff", "batch_size": 2, "learning_rate": 0.002}
 
 # As the script does: checkpoints with a LoRA in each, the settings and the losses in TensorBoard files of their own.
 STAND_IN = """
-import argparse, json, sys
+import json, sys
 from pathlib import Path
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from scripts.peer import Peer
 from lorabooth.families import load_family
@@ -28,8 +29,8 @@ asked = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], 
 photos, out = Path(asked["dataset_name"]), Path(asked["output_dir"])
 rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
 assert {row["file_name"] for row in rows} == {file.name for file in photos.iterdir()} - {"metadata.jsonl"}
-if "fail" in asked["pretrained_model_name_or_path"]:
-    sys.exit("no")
+if asked["learning_rate"] == "0.5":
+    sys.exit("too high a rate")
 SummaryWriter(out / "logs" / "dreambooth" / "1").add_text("settings", "none")
 log = SummaryWriter(out / "logs" / "dreambooth")
 peer = Peer(load_family("mini"), {"lora_rank": int(asked["rank"]), "targets": "attention", "learning_rate": 1e-3}, None)
@@ -74,10 +75,22 @@ def test_losses_are_read_from_whichever_file_has_them(tmp_path: Path):
         original.losses(tmp_path / "elsewhere")
 
 
-def test_its_lora_of_each_mark_is_measured(tmp_path: Path):
+def test_its_lora_of_each_mark_is_measured_and_a_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN, encoding="utf-8")
     recipe = bench_likeness.mini_recipe(None, {"lora_rank": 2})
     rows = [(mark, lora, seconds) for mark, seconds, lora in bench_likeness.original_arm(script)("di", 0, [4, 6], tmp_path, recipe)]
     assert [mark for mark, _, _ in rows] == [4, 6] and all(lora.parent.name == f"checkpoint-{mark}" for mark, lora, _ in rows)
     assert all(2 in tensor.shape for _, lora, _ in rows for tensor in load_file(lora).values()) and 0 < rows[0][2] <= rows[1][2]
+    with pytest.raises(ClickException, match="too high a rate"):
+        next(bench_likeness.original_arm(script)("di", 0, [4], tmp_path / "again", recipe.model_copy(update={"learning_rate": 0.5})))
+
+
+def test_a_seed_decides_the_noise_and_the_start_of_the_restated_script(photos: Path):
+    def loss(seed: int) -> float:
+        family = load_family("mini")
+        encoding = Encoding(family, *read_photos(photos, family.native_px), 2, seed=0)
+        return Peer(family, SETTINGS, encoding.batch, seed=seed).step()
+
+    assert loss(1) == loss(1) != loss(2)
