@@ -39,11 +39,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # Read by the libraries when they are imported: their progress bars and notices would hide ours, and a tool on one's own machine reports to nobody.
-QUIET_LIBRARIES = {
+SETTINGS_OF_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # torch's threads wait for each other by spinning. Where another program has the cores, that takes all the time that the awaited one would work in: a
+    # step of mini beside two other trainings took 7 s instead of .17 s (docs/LOG.md, 2026-11-29). After so few turns they sleep.
+    "GOMP_SPINCOUNT": "1000",
 }
 
 # Failures of the machine, not of the program: what happened, and how to go on.
@@ -134,7 +137,7 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
 
     Anything else that goes wrong is a fault of the program and keeps its traceback. For all entry points, `python -m train` too.
     """
-    for name, value in QUIET_LIBRARIES.items():
+    for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGTERM)
     if before is signal.SIG_DFL:

@@ -269,3 +269,11 @@ def test_every_command_has_help_with_an_example(name):
     done = run(name, "--help")
     assert done.returncode == 0
     assert "Example" in done.stdout and f"lorabooth {name}" in done.stdout
+
+
+def test_threads_sleep_where_they_would_spin_unless_the_user_says_otherwise():
+    program = "import os; from lorabooth.cli import guarded; guarded(lambda _: print(os.environ['GOMP_SPINCOUNT']), [])"
+    for given, seen in ((None, "1000"), ("7", "7")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | ({"GOMP_SPINCOUNT": given} if given else {})
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == seen
