@@ -31,7 +31,7 @@ from lorabooth.machine import memory_bytes
 from lorabooth.notes import note
 from lorabooth.quantized import multiplies_fp8
 from lorabooth.sizes import BaseSizes, Estimate
-from lorabooth.speed import Speed, assumed, speed_of
+from lorabooth.speed import Speed, speed_of
 
 HOST_SHARE = 0.8
 """How much of the host's free memory pinned weights may take; the operating system needs the rest."""
@@ -197,8 +197,9 @@ def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: fl
     on_gpu = device.type == "cuda" or gpu_bytes is not None
     needs = needs_of(family, settings, 2 if on_gpu else 4, steps)
     if on_gpu:
-        stated, gpu_bytes = gpu_bytes is not None, gpu_bytes or free_gpu_bytes(device)
-        speed = assumed(gpu_bytes) if stated else speed_of(gpu_bytes)
+        speed = speed_of(gpu_bytes)
+        if gpu_bytes is None:
+            gpu_bytes = free_gpu_bytes(device)
         room = gpu_bytes, memory_bytes()[1] * HOST_SHARE
         precision = "fp8" if settings.fast and settings.precision == "auto" and multiplies_fp8(device) else settings.precision
         return choose(needs, speed, *room, precision, settings.swapped)

@@ -12,7 +12,7 @@ from lorabooth.device import compute_device
 from lorabooth.families import family_to_plan
 from lorabooth.gigabytes import check_stated
 from lorabooth.sizes import GB
-from lorabooth.speed import assumed, measured
+from lorabooth.speed import speed_of
 
 
 def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_options: PictureOptions) -> None:
@@ -22,5 +22,5 @@ def print_plan(model: str, settings: Settings, vram_gb: float | None, picture_op
     request = picture_options.request("a picture", 0, 1, family.native_px)
     settings, steps = replace(settings, pixels=request.width_px * request.height_px), steps_of(request)
     gpu_bytes = vram_gb * GB if vram_gb else None
-    found, speed = plans(family, settings, compute_device(), gpu_bytes, steps), assumed(gpu_bytes) if gpu_bytes else measured()
-    click.echo(table(found, speed, f"a picture of {request.width_px} x {request.height_px} px in {steps} steps"))
+    found = plans(family, settings, compute_device(), gpu_bytes, steps)
+    click.echo(table(found, speed_of(gpu_bytes), f"a picture of {request.width_px} x {request.height_px} px in {steps} steps"))

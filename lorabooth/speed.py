@@ -38,13 +38,13 @@ COPY_BYTES = 256 * 1024**2
 WARM_UP_SECONDS = 0.25
 
 
-def speed_of(gpu_bytes: float) -> Speed:
-    """The first CUDA GPU's; without one, that of a card with so much free memory."""
-    return measured() if torch.cuda.is_available() else assumed(gpu_bytes)
+def speed_of(stated_bytes: float | None) -> Speed:
+    """That of a card with so much memory, where somebody stated it; else the first CUDA GPU's."""
+    return assumed(stated_bytes) if stated_bytes else measured()
 
 
 def assumed(gpu_bytes: float) -> Speed:
-    """That of a card with so much free memory, whatever is here."""
+    """That of a card with so much free memory."""
     return next((speed for gib, speed in CARDS if gpu_bytes <= gib * 2**30), CARDS[-1][1])
 
 

@@ -17,6 +17,7 @@ from lorabooth.lora import LoraSpec
 from lorabooth.quantized import QuantizedLinear, fp8_scale, quantized
 from lorabooth.runs import RunDir
 from lorabooth.sizes import blocks_of
+from lorabooth.speed import RTX_4090
 from tests.test_processes import untrained
 from train import encode, fit, objective, plan, planning
 from train import trainer as trainer_room
@@ -261,6 +262,7 @@ def test_processes_of_one_machine_share_its_memory(processes: str | None, share:
     monkeypatch.setattr(planning, "memory_bytes", lambda: (128e9, 100e9))
     monkeypatch.setattr(planning, "choose", lambda *arguments: given.append(arguments[4]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20e9, 24e9))
+    monkeypatch.setattr(planning, "measured", lambda: RTX_4090)
     planning.plans_for(TrainConfig(trigger_word="TOK", model="mini"), load_family("mini"), torch.device("cuda"))
     assert given == [planning.HOST_SHARE * 100e9 * share]
 

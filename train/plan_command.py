@@ -37,14 +37,14 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
         from lorabooth.families import family_to_plan
         from lorabooth.machine import memory_bytes
         from lorabooth.sizes import GB
-        from lorabooth.speed import assumed, speed_of
+        from lorabooth.speed import speed_of
         from train.plan import choose, table
         from train.planning import HOST_SHARE, shapes_of
 
     check_stated(vram_gb, torch.cuda.is_available())
     gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
     host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
-    speed = assumed(gpu_bytes) if vram_gb else speed_of(gpu_bytes)
+    speed = speed_of(vram_gb * GB if vram_gb else None)
     estimates = choose(shapes_of(config, family_to_plan(config.model)), config, speed, gpu_bytes, host_bytes)
     if as_json:
         rows = [asdict(e) | {"bytes": e.bytes} for e in estimates]

@@ -14,7 +14,7 @@ from lorabooth.machine import memory_bytes
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 from lorabooth.sizes import BEST_FIRST, Estimate
-from lorabooth.speed import Speed, speed_of
+from lorabooth.speed import Speed, measured
 from train.checkpoint import saved_precision
 from train.plan import MemoryPlan, Shapes, choose, estimate
 
@@ -32,8 +32,7 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: 
         check_bf16(device, family.native_px, config.model)
         # The processes of one machine share its memory (torchrun and accelerate say how many they are).
         host_bytes = memory_bytes()[1] * HOST_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        gpu_bytes = free_gpu_bytes(device)
-        return choose(shapes, config, speed_of(gpu_bytes), gpu_bytes, host_bytes, shards)
+        return choose(shapes, config, measured(), free_gpu_bytes(device), host_bytes, shards)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
     words = {"auto": count if swapped else 0, "none": 0, "all": count}
