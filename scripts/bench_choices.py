@@ -12,7 +12,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from scripts.bench_likeness import OURS, differences, measure, mini_recipe, options, points, write_record
+from scripts.bench_likeness import OURS, differences, measure, mini_recipe, options, points, seeds_of, write_record
 
 UNCHANGED = "the recipe"
 CHOICES = (
@@ -59,7 +59,7 @@ def table(record: dict[str, Any]) -> str:
 @click.option("--steps", default="100,200", show_default=True, help="When pictures are drawn, by commas.")
 @click.option("--choice", "choices", multiple=True, metavar="NAME=VALUE", help="Only these, and the recipe as it is; several settings by spaces.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/choices.json"), show_default=True, help="Where the figures go.")
-def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, ...], recipe: Path | None, work: Path, out: Path) -> None:
+def bench(names: list[str], seeds: int, steps: str, scenes: int, choices: tuple[str, ...], recipe: Path | None, work: Path, out: Path) -> None:
     """Measure what each setting of the recipe is worth and write it as JSON.
 
     \b
@@ -67,7 +67,7 @@ def bench(names: str, seeds: int, steps: str, scenes: int, choices: tuple[str, .
       python -m scripts.bench_choices --people ada,bo --choice learning_rate=4e-3
     """
     load, marks, tried = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), ("", *choices) if choices else CHOICES
-    trainings = [(choice, name, seed) for choice in tried for seed in range(seeds) for name in names.split(",")]
+    trainings = [(choice, name, seed) for choice in tried for name in names for seed in seeds_of(name, seeds)]
     rows = []
     for choice, name, seed in tqdm(trainings, unit="training"):
         rows += [{"choice": choice, **row} for row in measure(work, OURS, name, seed, marks, scenes, mini_recipe(recipe, parsed(choice)))]

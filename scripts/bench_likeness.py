@@ -49,6 +49,11 @@ TRIGGER = "TOK"
 PEOPLE = tuple(people.HELD_OUT | people.MORE)
 
 
+def seeds_of(name: str, count: int) -> list[int]:
+    """A person's seeds, which nobody else has: a seed decides the LoRA's start and the noise, so trainings that share one are not independent."""
+    return [PEOPLE.index(name) + len(PEOPLE) * i for i in range(count)]
+
+
 def ours(name: str, seed: int, marks: list[int], folder: Path, recipe: TrainConfig) -> Iterator[tuple[int, float, Path]]:
     """Train by a recipe; at each mark: the step, the seconds so far, and the LoRA file."""
     if recipe.lr_scheduler != "constant" and len(marks) > 1:
@@ -234,6 +239,14 @@ def mini_recipe(file: Path | None, settings: dict[str, Any]) -> TrainConfig:
     return recipe_config(file, {"model": "mini", "trigger_word": TRIGGER, **settings})
 
 
+def known_names(_context: click.Context, _option: click.Parameter, told: str) -> list[str]:
+    """Names by commas, each of somebody that there is."""
+    names = told.split(",")
+    if strangers := [name for name in names if name not in PEOPLE]:
+        raise click.BadParameter(f"nobody is called {', '.join(strangers)}; there are {', '.join(PEOPLE)}")
+    return names
+
+
 def options(command: Command) -> Command:
     """What this benchmark and that of single settings (scripts/bench_choices.py) let one choose."""
     folder, file = click.Path(path_type=Path), click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -241,7 +254,7 @@ def options(command: Command) -> Command:
         click.option("--work", type=folder, default=Path("build/bench_likeness"), show_default=True, help="Where finished trainings are kept."),
         click.option("--recipe", type=file, help="YAML file of settings. [default: configs/mini.yaml]"),
         click.option("--scenes", default=12, show_default=True, type=click.IntRange(min=1), help="New scenes for each measurement."),
-        click.option("--people", "names", default=",".join(PEOPLE), show_default=True, help="Who, by commas."),
+        click.option("--people", "names", default=",".join(PEOPLE), show_default=True, callback=known_names, help="Who, by commas."),
     ):
         command = option(command)
     return command
@@ -264,7 +277,7 @@ def write_record(out: Path, load: float, recipe: TrainConfig, scenes: int, found
 @click.option("--steps", default="100,200,400,800", show_default=True, help="When pictures are drawn, by commas.")
 @click.option("--peer-script", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The original train_dreambooth_lora_flux.py, as a third arm.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/likeness_curve.json"), show_default=True, help="Where the figures go.")
-def bench(names: str, seeds: int, steps: str, peer_script: Path | None, scenes: int, recipe: Path | None, work: Path, out: Path) -> None:
+def bench(names: list[str], seeds: int, steps: str, peer_script: Path | None, scenes: int, recipe: Path | None, work: Path, out: Path) -> None:
     """Measure likeness over the steps, ours and the script's, and write it as JSON, with the curves beside it as an SVG.
 
     \b
@@ -273,7 +286,7 @@ def bench(names: str, seeds: int, steps: str, peer_script: Path | None, scenes: 
     """
     load, marks, config = os.getloadavg()[0], sorted(int(mark) for mark in steps.split(",")), mini_recipe(recipe, {})
     arms = ARMS | ({ORIGINAL: original_arm(peer_script)} if peer_script else {})
-    trainings = [(arm, name, seed) for seed in range(seeds) for name in names.split(",") for arm in arms]
+    trainings = [(arm, name, seed) for name in names for seed in seeds_of(name, seeds) for arm in arms]
     rows = [row for arm, name, seed in tqdm(trainings, unit="training") for row in measure(work, arm, name, seed, marks, scenes, config, arms[arm])]
     record = write_record(out, load, config, scenes, summary(rows, marks), rows)
     out.with_suffix(".svg").write_text(plot(record), encoding="utf-8")

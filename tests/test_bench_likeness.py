@@ -44,6 +44,17 @@ def test_there_are_eight_people_with_something_the_mini_model_never_saw():
         assert all(value in world.values(attribute) for attribute, value in who.items())
 
 
+def test_no_two_trainings_share_a_seed():
+    seeds = [seed for name in bench_likeness.PEOPLE for seed in bench_likeness.seeds_of(name, 3)]
+    assert len(set(seeds)) == 24
+    assert bench_likeness.seeds_of("bo", 3)[:1] == bench_likeness.seeds_of("bo", 1), "what has been trained with fewer seeds is of use for more"
+
+
+def test_people_that_there_are_not_are_named():
+    done = CliRunner().invoke(bench_choices.bench, ["--people", "ada,zoe"])
+    assert done.exit_code == 2 and "nobody is called zoe" in done.output, done.output
+
+
 def test_a_rate_that_falls_to_the_end_is_measured_for_one_number_of_steps(tmp_path: Path):
     recipe = tmp_path / "linear.yaml"
     recipe.write_text("lr_scheduler: linear\n", encoding="utf-8")
