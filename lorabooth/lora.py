@@ -109,13 +109,17 @@ class LoraSpec:
 
 def tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
     """The live LoRA weights of a transformer by their file keys (without folding)."""
-    return {PREFIX + name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items()}
+    return {PREFIX + name: tensor.detach() for name, tensor in _adapter(transformer).items()}
 
 
 def clip_tensors(text_encoder: torch.nn.Module) -> dict[str, Tensor]:
     """Those of CLIP."""
-    found = get_peft_model_state_dict(text_encoder, adapter_name=ADAPTER)
-    return {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): tensor.detach() for name, tensor in found.items()}
+    return {CLIP_PREFIX + CLIP_MODULE + name.removeprefix(CLIP_MODULE): tensor.detach() for name, tensor in _adapter(text_encoder).items()}
+
+
+def _adapter(module: torch.nn.Module) -> dict[str, Tensor]:
+    # Never embeddings: to find out whether they have grown, PEFT would ask the hub for what a config calls its origin.
+    return get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def since(start: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
