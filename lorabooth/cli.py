@@ -137,6 +137,8 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
 
     Anything else that goes wrong is a fault of the program and keeps its traceback. For all entry points, `python -m train` too.
     """
+    if sys.platform == "win32":  # locks and limits of memory are those of Unix
+        return _fail("lorabooth runs on Linux", "on Windows use WSL 2: wsl --install, then set lorabooth up in it as on Linux; the GPU is there too")
     for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGTERM)

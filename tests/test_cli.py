@@ -277,3 +277,9 @@ def test_threads_sleep_where_they_would_spin_unless_the_user_says_otherwise():
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | ({"GOMP_SPINCOUNT": given} if given else {})
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == seen
+
+
+def test_windows_is_sent_to_wsl_in_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cli.main(["doctor"]) == 2
+    assert "WSL 2" in capsys.readouterr().err
