@@ -18,8 +18,8 @@ UNCHANGED = "the recipe"
 CHOICES = (
     "", "learning_rate=1e-3", "learning_rate=2e-3", "loraplus_lr_ratio=1", "loraplus_lr_ratio=8", "loraplus_lr_ratio=8 learning_rate=1e-3", "lora_rank=8",
     "lora_rank=32", "sigma_sampling=logit-normal", "ema_decay=0", "warmup_steps=10", "caption_dropout_rate=0.1", "lora_dropout=0.1", "preservation_rate=0",
-    "preservation_rate=0.33", "preservation_rate=0.5", "targets=attention", "train_text_encoder=false", "text_encoder_lr_ratio=0.25", "weight_decay=1e-4",
-    "weight_decay=0.3", "weight_decay=3",
+    "preservation_rate=0.33", "preservation_rate=0.5", "targets=attention", "train_text_encoder=false", "text_encoder_lr_ratio=0.1",
+    "text_encoder_lr_ratio=0.5", "weight_decay=1e-4", "weight_decay=0.3", "weight_decay=3",
 )  # fmt: skip
 
 

@@ -67,9 +67,9 @@ def summary_table(mini: dict[str, Any], record: dict[str, Any], trains: list[dic
             f"| one 128 px picture | {mini['seconds_a_picture']:.2f} s |",
             "| a training step, over that of diffusers' script, on two machines: as it is; encoded ahead and compiled, ours compiled too "
             f"| {'; '.join(', '.join(f'{step[over]:.2f}' for step in steps) for over in ('over_as_it_is', 'over_strongest'))} |",
-            f"| identity right after 50 steps: ours, the script's (eight people, three seeds) | {pair(50, 'identity')} |",
-            f"| after 200 steps | {pair(200, 'identity')} |",
-            f"| scene right after 200 steps; after 800 (one seed) | {pair(200, 'scene')}; {pair(800, 'scene')} |",
+            "| identity right after 25 steps, 50, 200: ours, the script's (eight people, three trainings each) "
+            f"| {'; '.join(pair(steps, 'identity') for steps in (25, 50, 200))} |",
+            f"| scene right after 200 steps; after 800 (one each) | {pair(200, 'scene')}; {pair(800, 'scene')} |",
             f"| how much of the person 'a person' shows after 200 steps | {pair(200, 'bleed')} |",
         ]
     )
