@@ -44,8 +44,8 @@ SETTINGS_OF_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # torch's threads wait for each other by spinning. Where another program has the cores, that takes all the time that the awaited one would work in: a
-    # step of mini beside two other trainings took 7 s instead of .17 s (docs/LOG.md, 2026-11-29). After so few turns they sleep.
+    # torch's threads wait for each other by spinning, and where another program has the cores, that takes the time that the awaited one would work in: a
+    # step of mini beside two other trainings took 1.5 to 40 times as long (docs/BENCHMARKS.md, "On a busy machine"). After so few turns they sleep.
     "GOMP_SPINCOUNT": "1000",
 }
 

@@ -122,9 +122,9 @@ def write_photos(name: str, folder: Path) -> Path:
 
 
 def settings_of(arm: str, recipe: TrainConfig) -> dict[str, Any]:
-    """What an arm takes from the recipe; the script knows no more than this of it, and its LoRA starts in its own way."""
+    """What an arm takes from the recipe; the script knows no more than this of it."""
     settings = recipe.recipe()
-    return settings if arm == OURS else {name: settings[name] for name in ("learning_rate", "lora_rank", "targets", "batch_size")} | {"lora_init": "gaussian"}
+    return settings if arm == OURS else {name: settings[name] for name in ("learning_rate", "lora_rank", "targets", "batch_size")}
 
 
 ARMS: dict[str, Training] = {OURS: ours, PEER: peer}

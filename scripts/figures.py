@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from scripts.bench_busy import table as busy_table
 from scripts.bench_choices import table as choices_table
 from scripts.bench_generate import table as generating_table
 from scripts.bench_likeness import OURS, PEER
@@ -91,7 +92,7 @@ def main() -> None:
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
     tables = {name: curve_table for name in ("likeness_curve", "likeness_long", "likeness_original")}
     tables |= {name: training_table for name in ("train", "train_original")}
-    tables |= {"choices": choices_table, "generate": generating_table, "memory": memory_table, "startup": startup_table}
+    tables |= {"busy": busy_table, "choices": choices_table, "generate": generating_table, "memory": memory_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
     insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), **written})
 

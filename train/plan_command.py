@@ -34,6 +34,7 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     with heavy_imports():
         import torch
 
+        from lorabooth.device import compute_device, free_gpu_bytes
         from lorabooth.families import family_to_plan
         from lorabooth.machine import memory_bytes
         from lorabooth.sizes import GB
@@ -42,9 +43,10 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
         from train.planning import HOST_SHARE, shapes_of
 
     check_stated(vram_gb, torch.cuda.is_available())
-    gpu_bytes = vram_gb * GB if vram_gb else torch.cuda.mem_get_info()[0]
+    stated_bytes = vram_gb * GB if vram_gb else None
+    gpu_bytes = stated_bytes or free_gpu_bytes(compute_device())
     host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
-    speed = speed_of(vram_gb * GB if vram_gb else None)
+    speed = speed_of(stated_bytes)
     estimates = choose(shapes_of(config, family_to_plan(config.model)), config, speed, gpu_bytes, host_bytes)
     if as_json:
         rows = [asdict(e) | {"bytes": e.bytes} for e in estimates]
