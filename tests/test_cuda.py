@@ -87,7 +87,9 @@ def test_blocks_that_are_recomputed_or_come_and_go_give_the_same_bits(run: RunDi
     assert all(torch.equal(a, b) for a, b in zip(resident, others, strict=True)) and losses == other_losses
 
 
-@pytest.mark.parametrize("plan", [MemoryPlan("bf16", 3, 0, True), MemoryPlan("fp8", 0, 0, False), MemoryPlan("int8", 6, 4, True), MemoryPlan("nf4", 6, 0, True)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [MemoryPlan("bf16", 3, 0, True), MemoryPlan("fp8", 0, 0, False), MemoryPlan("int8", 6, 4, True), MemoryPlan("nf4", 6, 0, True)], ids=str
+)
 def test_every_plan_learns_what_the_plain_one_does_in_no_more_memory_than_it_said(run: RunDir, plan: MemoryPlan):
     family, (_, expected) = load_family("mini"), trained(run, PLAIN)
     torch.cuda.empty_cache()
@@ -132,7 +134,11 @@ def test_every_plan_makes_nearly_the_same_picture_again_and_again(plan: ServingP
 
 @pytest.mark.usefixtures("small_gpu")
 def test_where_memory_runs_out_a_lighter_plan_makes_the_picture(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
-    lora, lighter, whole = (resolve(str(tiny_run)),), ServingPlan("bf16", swapped=6, loras="stacked", encoders="disk"), torch.cuda.get_device_properties(0).total_memory
+    lora, lighter, whole = (
+        (resolve(str(tiny_run)),),
+        ServingPlan("bf16", swapped=6, loras="stacked", encoders="disk"),
+        torch.cuda.get_device_properties(0).total_memory,
+    )
     torch.cuda.reset_peak_memory_stats()
     engine = Engine("mini", plan=WHOLE)
     picture(engine, lora)

@@ -1,7 +1,10 @@
 """Every memory plan trains the same LoRA, and where memory runs out all the same the next one goes on."""
 
 import json
+import weakref
 from pathlib import Path
+from traceback import clear_frames
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +229,36 @@ def test_a_run_that_does_not_fit_goes_on_with_the_next_plan(tiny_run: Path, tmp_
     assert plans == [(0, "base fp32, nothing recomputed"), (2, "base fp32, 6 blocks recomputed, 2 blocks in host memory")]
     assert all(torch.equal(a, b) for a, b in zip(fit.final_weights(run), fit.final_weights(RunDir(tiny_run)), strict=True)), "no step was lost or done twice"
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4], "nor its loss"
+
+
+class _Doubled(torch.autograd.Function):
+    """A node that keeps an object, as those of lean layers keep the base's; `fails` where its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: object, fails: bool) -> torch.Tensor:
+        ctx.kept, ctx.fails = kept, fails
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if ctx.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * gradient, None, None
+
+
+def test_where_memory_runs_out_for_gradients_nothing_of_the_step_stays_for_the_next_plan_to_find_room_beside():
+    class Base:
+        """Something as large as a transformer."""
+
+    base, x = Base(), torch.zeros(3, requires_grad=True)
+    gone = weakref.ref(base)
+    loss = _Doubled.apply(x, base, False).sum() + _Doubled.apply(_Doubled.apply(x, base, False), None, True).sum()
+    del base
+    with pytest.raises(torch.OutOfMemoryError) as stopped:
+        trainer_room.backward(loss)
+    del loss
+    clear_frames(stopped.tb)
+    assert gone() is None, "what had not been computed yet waits in autograd's queue"
 
 
 def test_a_run_goes_on_in_the_precision_it_was_begun_in_while_that_fits(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
