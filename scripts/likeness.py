@@ -73,7 +73,7 @@ def main() -> None:
     results = {name: measure(name, a.scenes, a.work, settings) for name in a.people}
     record = {
         "people": results, "scenes": a.scenes, "settings": settings,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "machine": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
     a.result.parent.mkdir(parents=True, exist_ok=True)
     a.result.write_text(json.dumps(record, indent=1) + "\n")

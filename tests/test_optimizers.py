@@ -130,6 +130,17 @@ def test_a_step_takes_the_decays_share_of_the_rate_off_each_weight(name: str):
     torch.testing.assert_close(p.detach(), weight * (1 - 1e-2 * 2.0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "prodigy"])
+def test_a_matrix_that_starts_at_zero_moves_at_the_rate(name: str):
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = optimizers.build(name, {"p": p}, TrainConfig(trigger_word="TOK", optimizer=name, learning_rate=1e-3))
+    generator = torch.Generator().manual_seed(0)
+    p.grad = torch.randn(64, 128, generator=generator)
+    for _ in range(5):
+        optimizer.step()
+    assert 0.3 < p.detach().abs().mean() / (5 * 1e-3) < 1.5, "as lora_B does"
+
+
 def test_prodigy_says_nothing_where_an_answer_may_stand(capsys: pytest.CaptureFixture[str]):
     optimizers.build("prodigy", {"p": torch.nn.Parameter(torch.ones(4))}, TrainConfig(trigger_word="TOK", optimizer="prodigy"))
     assert not capsys.readouterr().out

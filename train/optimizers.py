@@ -42,6 +42,15 @@ def _prodigy(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _adafactor(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
+    """Transformers' with the rate as it is. torch's makes it smaller by the size of the weights, a thousand times for lora_B, which starts at zero, so that
+    nothing is learnt; and its step waits for the GPU twice for each tensor."""
+    from transformers.optimization import Adafactor
+
+    optimizer: torch.optim.Optimizer = Adafactor(parameters, scale_parameter=False, relative_step=False, **options)
+    return optimizer
+
+
 class _Adagrad(torch.optim.Adagrad):
     """With the weight decay of the others here (decoupled): torch's adds it to the gradient, whose size Adagrad divides by, so it would outweigh the photos."""
 
@@ -72,7 +81,7 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lion": _bitsandbytes("Lion"),
     "prodigy": _prodigy,
     "adagrad": _Adagrad,
-    "adafactor": torch.optim.Adafactor,
+    "adafactor": _adafactor,
 }
 
 
