@@ -21,7 +21,7 @@ from tqdm import tqdm
 from captioning.styles import prompt_of
 from captioning.vision import NEW_TOKENS, VisionCaptioner
 from lorabooth.config import TrainConfig
-from lorabooth.device import base_dtype
+from lorabooth.device import base_dtype, compute_device
 from lorabooth.machine import installed_version
 from scripts.bench_startup import machine_record
 from scripts.gpu_check import forget, memory, seconds_of, write
@@ -94,7 +94,7 @@ def table(record: dict[str, Any]) -> str:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/captions.json"), show_default=True, help="Where the figures go.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Timed batches of each size, after one to warm up.")
-@click.option("--tiny", is_flag=True, help="A tiny model on the CPU: tries this script, measures nothing.")
+@click.option("--tiny", is_flag=True, help="A tiny model on any device: tries this script, measures nothing.")
 def bench(out: Path, rounds: int, tiny: bool) -> None:
     """Time captions by a LLaVA of random weights and write the figures as JSON.
 
@@ -103,8 +103,8 @@ def bench(out: Path, rounds: int, tiny: bool) -> None:
       TMPDIR=/dev/shm python -m scripts.bench_captions
     """
     if not tiny and not torch.cuda.is_available():
-        raise click.ClickException("torch finds no CUDA GPU, and a LLaVA of the true size needs one (--tiny tries this script on the CPU)")
-    record = measure(TINY if tiny else SEVEN_B, torch.device("cpu" if tiny else "cuda"), rounds, out)
+        raise click.ClickException("torch finds no CUDA GPU, and a LLaVA of the true size needs one (--tiny tries this script anywhere)")
+    record = measure(TINY if tiny else SEVEN_B, compute_device(), rounds, out)
     click.echo(table(record))
 
 

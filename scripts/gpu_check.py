@@ -33,7 +33,7 @@ from infer.settings import Settings
 from lorabooth import sampling
 from lorabooth.attention import choose_kernel
 from lorabooth.config import TrainConfig
-from lorabooth.device import base_dtype, check_memory
+from lorabooth.device import base_dtype, check_memory, compute_device
 from lorabooth.errors import UserError, out_of_memory
 from lorabooth.families.flux1 import Flux1
 from lorabooth.machine import memory_bytes
@@ -323,16 +323,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="[default: benchmarks/results/gpu.json]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after so many [default: no end]")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries this script, measures nothing")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on any device: tries this script, measures nothing")
     a = parser.parse_args(arguments)
     try:
         if a.steps < 2:
             raise UserError(f"--steps is {a.steps}; it must be 2 or more")
         if not a.tiny and not torch.cuda.is_available():
-            raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script on the CPU)")
+            raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script anywhere)")
         if not a.tiny:
             check_memory(28_000_000_000, "FLUX.1-dev in bf16", "use a GPU with at least 32 GB")
-        record = check(a.what, a.steps, TINY if a.tiny else DEV, torch.device("cpu" if a.tiny else "cuda"), a.out, a.minutes)
+        record = check(a.what, a.steps, TINY if a.tiny else DEV, compute_device(), a.out, a.minutes)
     except UserError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lorabooth.attention import choose_kernel
-from lorabooth.device import base_dtype, check_memory
+from lorabooth.device import base_dtype, check_memory, compute_device
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Conditioning
 from lorabooth.families.flux1_dev import CONFIGS
@@ -44,9 +44,9 @@ class Encoding:
         self.vae = family.vae(device, dtype)
         clip = CLIPTextConfig(**CONFIGS["text_encoder/config.json"] | {"hidden_size": pooled, "num_attention_heads": max(1, pooled // CLIP_HEAD)})
         t5 = T5Config(**CONFIGS["text_encoder_2/config.json"] | {"d_model": size.transformer["joint_attention_dim"]})
-        with torch.device(device):
-            self.clip = CLIPTextModel._from_config(clip, dtype=dtype).requires_grad_(False)
-            self.t5 = T5EncoderModel._from_config(t5, dtype=dtype).requires_grad_(False)
+        with torch.device(device):  # without dropout, as `from_pretrained` gives them to the script
+            self.clip = CLIPTextModel._from_config(clip, dtype=dtype).eval().requires_grad_(False)
+            self.t5 = T5EncoderModel._from_config(t5, dtype=dtype).eval().requires_grad_(False)
         self.pixels = (torch.rand(count, 3, px, px, generator=generator) * 2 - 1).to(device, dtype)
         self.ids = [torch.randint(2, 1000, (count, length), generator=generator).to(device) for length in (CLIP_TOKENS, size.text_tokens)]
 
@@ -119,9 +119,9 @@ def table(record: dict[str, Any]) -> str:
 def check(tiny: bool) -> tuple[Size, torch.device]:
     """What is timed and where; a UserError where there is no such GPU."""
     if tiny:
-        return TINY, torch.device("cpu")
+        return TINY, compute_device()
     if not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script on the CPU)")
+        raise UserError("torch finds no CUDA GPU, and a FLUX.1-dev of the true size needs one (--tiny tries this script anywhere)")
     check_memory(75_000_000_000, "the script at 1024 px with T5 beside the base", "use a GPU of 80 GB")
     return DEV, torch.device("cuda")
 
@@ -131,7 +131,7 @@ def check(tiny: bool) -> tuple[Size, torch.device]:
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(min=2), help="Timed steps of each arm.")
 @click.option("--px", "sides", default="", help="Sides of the pictures in px, by commas. [default: 1024,512]")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Photos a step.")
-@click.option("--tiny", is_flag=True, help="A tiny model on the CPU: tries this script, measures nothing.")
+@click.option("--tiny", is_flag=True, help="A tiny model on any device: tries this script, measures nothing.")
 def bench(out: Path, steps: int, sides: str, batch_size: int, tiny: bool) -> None:
     """Time training beside diffusers' script on the GPU and write both as JSON.
 

@@ -71,10 +71,11 @@ def main() -> None:
     a = parser.parse_args()
     settings: dict[str, object] = dict(pair.split("=", 1) for pair in a.set)
     results = {name: measure(name, a.scenes, a.work, settings) for name in a.people}
-    record = {
-        "people": results, "scenes": a.scenes, "settings": settings,
-        "machine": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "processor": platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__,
     }  # fmt: skip
+    record = {"people": results, "scenes": a.scenes, "settings": settings, "machine": machine}
     a.result.parent.mkdir(parents=True, exist_ok=True)
     a.result.write_text(json.dumps(record, indent=1) + "\n")
     for name, row in results.items():

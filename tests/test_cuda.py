@@ -68,8 +68,9 @@ def picture(engine: Engine, loras: tuple[LoraChoice, ...] = ()) -> np.ndarray:
     return np.asarray(next(engine.generate(Request("a portrait of TOK", 128, 128, seed=1, num_inference_steps=4), loras)).image, dtype=np.float32)
 
 
-def test_a_step_never_makes_the_host_wait_for_the_gpu(run: RunDir, monkeypatch: pytest.MonkeyPatch):
-    trainer = fit.start(run, run.config, load_family("mini"), Accelerator(), PLAIN)
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw", "lion8bit", "adagrad", "adafactor"])  # prodigy does, for its estimate
+def test_a_step_never_makes_the_host_wait_for_the_gpu(optimizer: str, run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    trainer = fit.start(run, run.config.model_copy(update={"optimizer": optimizer}), load_family("mini"), Accelerator(), PLAIN)
     fit.train_step(trainer)  # the first one reads files and asks libraries
     torch.cuda.set_sync_debug_mode("error")  # which does not see a wait for the whole device
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the step waits for the GPU"))
