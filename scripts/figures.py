@@ -18,6 +18,8 @@ from scripts.bench_train import table as training_table
 from scripts.count_memory import table as memory_table
 
 RESULTS = Path("benchmarks/results")
+PRECISIONS = ("bf16", "int8", "fp8", "nf4")
+SHOWN = (("before", "identity"), ("after", "identity"), ("after", "scene"), ("bleed", "identity"))
 
 
 def mini_table(mini: dict[str, Any]) -> str:
@@ -42,6 +44,16 @@ def likeness_table(record: dict[str, Any]) -> str:
             f"| {name} | {row['before']['identity']:.0%} | {row['after']['identity']:.0%} | {row['after']['scene']:.0%} | {row['bleed']['identity']:.0%} "
             f"| {row['train_seconds']:.0f} s |"
         )
+    return "\n".join(rows)
+
+
+def precisions_table(records: list[dict[str, Any]]) -> str:
+    """Means over the people, for the precision of the base in each record's training."""
+    rows = ["| base in training | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on |", "|---|---|---|---|---|"]
+    for record in records:
+        people = list(record["people"].values())
+        shares = [sum(row[when][what] for row in people) / len(people) for when, what in SHOWN]
+        rows.append(f"| {record['settings']['precision']} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     return "\n".join(rows)
 
 
@@ -94,6 +106,7 @@ def main() -> None:
     tables |= {name: training_table for name in ("train", "train_original")}
     tables |= {"busy": busy_table, "choices": choices_table, "generate": generating_table, "memory": memory_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
+    written["precisions"] = precisions_table([json.loads((RESULTS / f"likeness_{name}.json").read_text(encoding="utf-8")) for name in PRECISIONS])
     insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), **written})
 
 
