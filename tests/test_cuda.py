@@ -35,6 +35,8 @@ SERVED = (
     ServingPlan("fp8"),
     ServingPlan("nf4", loras="stacked"),
 )
+NEAR = {"bf16": 1, "int8": 2, "fp8": 5, "nf4": 10}
+"""How far from the picture in bf16 that of another plan may be on average, of 255; the LoRA itself makes a difference of 12."""
 
 
 @pytest.fixture
@@ -130,23 +132,19 @@ def test_every_plan_makes_nearly_the_same_picture_again_and_again(plan: ServingP
     first = picture(engine, lora)
     without = picture(engine)
     assert np.array_equal(picture(engine, lora), first) and not np.array_equal(without, first), "a LoRA that comes and goes leaves nothing behind"
-    assert np.abs(first - picture(Engine("mini", plan=WHOLE), lora)).mean() < (1 if plan.precision == "bf16" else 16)
+    assert np.abs(first - picture(Engine("mini", plan=WHOLE), lora)).mean() < NEAR[plan.precision]
 
 
 @pytest.mark.usefixtures("small_gpu")
 def test_where_memory_runs_out_a_lighter_plan_makes_the_picture(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
-    lora, lighter, whole = (
-        (resolve(str(tiny_run)),),
-        ServingPlan("bf16", swapped=6, loras="stacked", encoders="disk"),
-        torch.cuda.get_device_properties(0).total_memory,
-    )
+    lora, lighter = (resolve(str(tiny_run)),), ServingPlan("bf16", swapped=6, loras="stacked", encoders="disk")
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
+    picture(Engine("mini", plan=WHOLE), lora)
+    gc.collect()
     engine = Engine("mini", plan=WHOLE)
-    picture(engine, lora)
     engine._lighter = [lighter]
-    del engine.base.prompts
-    engine.base = engine._base(WHOLE)
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.max_memory_allocated() - 1_000_000) / whole)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.max_memory_allocated() - 1_000_000) / torch.cuda.get_device_properties(0).total_memory)
     try:
         made = picture(engine, lora)
     finally:
