@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -176,8 +177,9 @@ at::Tensor& set_nothing(at::Tensor& self) { return set_(self, c10::Storage(c10::
 
 // ---- waits of the host, and copies of other streams
 
-std::atomic<bool> waiting_fails{false}, beside{false};
-std::vector<std::pair<at::Tensor, at::Tensor>> later;  // what another stream copies, which comes as late as it may
+std::atomic<bool> waiting_fails{false};
+thread_local bool beside = false;
+std::deque<std::pair<at::Tensor, at::Tensor>> later;  // what another stream copies, which comes as late as it may
 
 void waits(const std::string& what) { TORCH_CHECK(!waiting_fails, "called a synchronizing CUDA operation: ", what); }
 
@@ -196,8 +198,14 @@ at::Tensor on_gpu(const at::Tensor& t) {  // a copy
   if (t.numel()) std::memcpy(start(copy), t.const_data_ptr(), copy.storage().nbytes());
   return copy;
 }
-void settle() {
-  for (const auto& [to, from] : std::exchange(later, {})) on_cpu(to).copy_(on_cpu(from));
+int64_t settled = 0;
+void settle(int64_t until) {  // the copies before the one of that number, counted from the first there was
+  while (settled < until && !later.empty()) {
+    const auto [to, from] = later.front();
+    later.pop_front();
+    ++settled;
+    on_cpu(to).copy_(on_cpu(from));
+  }
 }
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   if (self.device() != source.device() && (!non_blocking || (self.is_cpu() && !PinnedMemory::has(self.const_data_ptr())))) waits("copy_");
@@ -215,7 +223,7 @@ at::Scalar item(const at::Tensor& self) {
 // ---- operators
 
 const std::set<std::string> INDICES{"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_", "aten::_index_put_impl_"};  // CUDA takes those of the host, and waits
-const std::set<std::string> WAITING{"aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2", "aten::unique_dim"};
+const std::set<std::string> WAITING{"aten::nonzero", "aten::repeat_interleave.Tensor", "aten::equal", "aten::masked_select", "aten::_unique2", "aten::unique_dim"};
 const std::set<std::string> PRODUCTS{"aten::mm.out", "aten::bmm.out", "aten::addmm.out", "aten::baddbmm.out", "aten::_slow_conv2d_forward"};
 constexpr int64_t SIDE = 4096;  // of lorabooth/speed.py's product, which is not computed: nobody reads it, and it takes seconds
 
@@ -377,6 +385,7 @@ int64_t pretended_room() { return room; }
 void pretended_set_room(int64_t bytes) { room = bytes; }
 void pretended_let_waiting_fail(bool on) { waiting_fails = on; }
 void pretended_beside(bool on) { beside = on; }
-void pretended_settle() { settle(); }
+int64_t pretended_copies() { return settled + static_cast<int64_t>(later.size()); }
+void pretended_settle(int64_t until) { settle(until); }
 bool pretended_is_there() { return at::detail::getCUDAHooks().hasCUDA(); }
 }

@@ -33,7 +33,7 @@ def torch_folder() -> Path:
 def built() -> Path:
     """The device as a library, compiled if this source was not yet for this torch: half a minute."""
     torch = torch_folder()
-    about = SOURCE.read_bytes() + (torch / "version.py").read_bytes()
+    about = SOURCE.read_bytes() + Path(__file__).read_bytes() + (torch / "version.py").read_bytes()
     library = BUILD / f"{hashlib.sha256(about).hexdigest()[:16]}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def load() -> ctypes.CDLL:
     for name in LIBRARIES:
         ctypes.CDLL(str(torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     device = ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL)
-    for name in ("held", "peak", "room"):
+    for name in ("held", "peak", "room", "copies"):
         getattr(device, f"pretended_{name}").restype = ctypes.c_int64
-    device.pretended_set_room.argtypes = [ctypes.c_int64]
+    device.pretended_set_room.argtypes = device.pretended_settle.argtypes = [ctypes.c_int64]
     device.pretended_is_there.restype = ctypes.c_bool
     return device
 
@@ -66,23 +66,26 @@ def install(total_bytes: int) -> None:
     assert device.pretended_is_there(), "torch had asked before"
     device.pretended_set_room(total_bytes)
 
+    def wait_for_all(_device: object = None) -> None:
+        device.pretended_settle(device.pretended_copies())
+
     class Event:
-        """A moment of a stream; whoever waits for it has what other streams copied."""
+        """A moment of a stream; whoever waits for it has what other streams had been told to copy by then."""
 
         def __init__(self, **_: Any):
-            self.seconds = 0.0
+            self.seconds, self.copies = 0.0, 0
 
         def record(self, _stream: object = None) -> None:
-            self.seconds = time.perf_counter()
+            self.seconds, self.copies = time.perf_counter(), device.pretended_copies()
 
         def elapsed_time(self, other: "Event") -> float:
             return 1000 * (other.seconds - self.seconds)
 
         def wait(self, _stream: object = None) -> None:
-            device.pretended_settle()
+            device.pretended_settle(self.copies)
 
         def synchronize(self) -> None:
-            device.pretended_settle()
+            device.pretended_settle(self.copies)
 
     class Stream:
         """A stream; what one copies that is not the main one comes when somebody waits for it, and no sooner."""
@@ -92,10 +95,10 @@ def install(total_bytes: int) -> None:
 
         def wait_stream(self, other: "Stream") -> None:
             if other is not main:
-                device.pretended_settle()
+                wait_for_all()
 
-        def wait_event(self, _event: Event) -> None:
-            device.pretended_settle()
+        def wait_event(self, event: Event) -> None:
+            event.wait()
 
         def record_event(self) -> Event:
             event = Event()
@@ -103,7 +106,7 @@ def install(total_bytes: int) -> None:
             return event
 
         def synchronize(self) -> None:
-            device.pretended_settle()
+            wait_for_all()
 
     main = Stream()
     at_work = [main]
@@ -130,7 +133,7 @@ def install(total_bytes: int) -> None:
     known: dict[str, Any] = {
         "Event": Event, "Stream": Stream, "stream": stream, "current_stream": lambda _=None: at_work[-1], "default_stream": lambda _=None: main,
         "is_available": available, "is_initialized": lambda: True, "_lazy_init": lambda: None, "device_count": lambda: 1, "current_device": lambda: 0,
-        "set_device": lambda _: None, "is_bf16_supported": lambda *_: True, "synchronize": lambda _=None: device.pretended_settle(),
+        "set_device": lambda _: None, "is_bf16_supported": lambda *_: True, "synchronize": wait_for_all,
         "get_device_name": lambda _=None: about.name, "get_device_capability": lambda _=None: (about.major, about.minor),
         "get_device_properties": lambda _=None: about, "empty_cache": lambda: None,
         "mem_get_info": lambda _=None: (device.pretended_room() - device.pretended_held(), total_bytes),

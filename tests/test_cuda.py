@@ -4,6 +4,7 @@ import gc
 import math
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ from infer.engine import Engine
 from infer.loras import LoraChoice, resolve
 from infer.plan import ServingPlan
 from infer.request import Request
+from lorabooth.config import Optimizer
 from lorabooth.families import load_family
 from lorabooth.runs import RunDir
 from lorabooth.speed import RTX_4090
 from train import fit
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.plan import MemoryPlan, estimate
 from train.planning import shapes_of
 
 pytestmark = pytest.mark.gpu
 
+PRETENDED = "pretended"
 PLAIN = MemoryPlan("bf16", 0, 0, False)
 WHOLE = ServingPlan("bf16")
 SERVED = (
@@ -51,7 +55,7 @@ def run(tiny_run: Path, tmp_path: Path) -> RunDir:
 @pytest.fixture
 def small_gpu() -> None:
     """For what is to fill a GPU: a true one is given out in pieces as large as the mini model."""
-    if "pretended" not in torch.cuda.get_device_name():
+    if PRETENDED not in torch.cuda.get_device_name():
         pytest.skip("needs the pretended GPU, whose memory is counted to the byte")
 
 
@@ -100,7 +104,33 @@ def test_every_plan_learns_what_the_plain_one_does_in_no_more_memory_than_it_sai
     before = torch.cuda.memory_allocated()
     _, losses = trained(run, plan)
     assert losses == pytest.approx(expected, rel=0.2 if plan.precision == "nf4" else 0.05)
-    assert torch.cuda.max_memory_allocated() - before < estimate(plan, shapes_of(run.config, family), run.config, RTX_4090).bytes
+    expects, took = estimate(plan, shapes_of(run.config, family), run.config, RTX_4090), torch.cuda.max_memory_allocated() - before
+    # A true GPU's libraries need the reserve; and bitsandbytes computes nf4 on the pretended one by its Python, which takes more.
+    reserve = expects.items["reserve"] if PRETENDED in torch.cuda.get_device_name() and plan.precision != "nf4" else 0
+    assert took < expects.bytes - reserve
+
+
+@pytest.mark.parametrize("optimizer", [name for name in get_args(Optimizer) if name != "auto"])
+def test_a_training_that_goes_on_from_a_checkpoint_gives_the_same_bits(optimizer: str, run: RunDir):
+    config = run.config.model_copy(update={"optimizer": optimizer, "learning_rate": 1e-3})
+
+    def begun() -> fit.Trainer:
+        trainer = fit.start(run, config, load_family("mini"), Accelerator(), PLAIN)
+        load_checkpoint(run, trainer.state)
+        trainer.show_weights()
+        return trainer
+
+    with sdpa_kernel(SDPBackend.MATH):
+        whole = begun()
+        for step in range(4):
+            if step == 2:
+                save_checkpoint(run, whole.state)
+            fit.train_step(whole)
+        resumed = begun()
+        assert resumed.state.step == 2
+        for _ in range(2):
+            fit.train_step(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state.parameters, resumed.state.parameters, strict=True))
 
 
 @pytest.mark.usefixtures("small_gpu")
@@ -154,9 +184,13 @@ def test_where_memory_runs_out_a_lighter_plan_makes_the_picture(tiny_run: Path, 
 
 
 def test_a_loss_is_a_number_on_each_attention_kernel_that_is_here(run: RunDir):
+    tried = []
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
         try:
             with sdpa_kernel(backend):
                 assert all(map(math.isfinite, trained(run, PLAIN, 1)[1]))
         except RuntimeError as error:
-            assert "kernel" in str(error), "not here"
+            assert "No available kernel" in str(error), "not here"
+        else:
+            tried.append(backend)
+    assert SDPBackend.MATH in tried

@@ -132,7 +132,7 @@ def _ahead(shapes: Shapes, config: TrainConfig) -> float:
 
 def optimizer_bytes(name: str) -> float:
     """Bytes of an optimiser's state for each weight; `auto` is adamw8bit where memory matters."""
-    return {"auto": 2.1, "adamw8bit": 2.1, "adam8bit": 2.1, "lion8bit": 1.05, "lion": 4, "adagrad": 4, "adafactor": 0.1, "prodigy": 16}.get(name, 8.0)
+    return {"auto": 2.1, "adamw8bit": 2.1, "adam8bit": 2.1, "lion8bit": 1.05, "lion": 4, "adagrad": 4, "adafactor": 1, "prodigy": 16}.get(name, 8.0)
 
 
 def _tokens(shapes: Shapes, px: int) -> int:

@@ -105,21 +105,19 @@ class Trainer:
             torch._foreach_copy_(self.live, self.state.parameters)
 
 
-_FIRST = torch.zeros((), requires_grad=True).clone()
-"""Older than all that a training computes: autograd takes what is newest, so that with this it is through with the rest."""
-
-
 def backward(loss: Tensor) -> None:
     """Gradients of the live weights, computed in the thread that calls. autograd has a thread of its own for each GPU, and there the compiler's settings
     (lorabooth/compiled.py) are torch's own: a block compiled anew in it, when it is recomputed, would keep other tensors than it was to.
 
-    Where it fails, what was still to be done stays in this thread's queue, and would keep activations and base alive until somebody computes gradients again.
+    Where it fails, what was still to be done stays in this thread's queue, and keeps activations and base alive until somebody computes gradients again: torch
+    then throws away what nobody waits for (torch/csrc/autograd/engine.cpp).
     """
     with torch.autograd.set_multithreading_enabled(False):
         try:
             loss.backward()
         except BaseException:
-            _FIRST.backward()
+            with torch.enable_grad():
+                torch.zeros((), requires_grad=True).clone().backward()
             raise
 
 
