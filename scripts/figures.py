@@ -18,7 +18,7 @@ from scripts.bench_train import table as training_table
 from scripts.count_memory import table as memory_table
 
 RESULTS = Path("benchmarks/results")
-PRECISIONS = ("bf16", "int8", "fp8", "nf4")
+PRECISIONS, COUNTS = ("bf16", "int8", "fp8", "nf4"), ("3_photos", "5_photos", "12_photos")
 SHOWN = (("before", "identity"), ("after", "identity"), ("after", "scene"), ("bleed", "identity"))
 
 
@@ -47,13 +47,13 @@ def likeness_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def precisions_table(records: list[dict[str, Any]]) -> str:
-    """Means over the people, for the precision of the base in each record's training."""
-    rows = ["| base in training | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on |", "|---|---|---|---|---|"]
-    for record in records:
+def means_table(what: str, records: dict[str, dict[str, Any]]) -> str:
+    """Means over the people of some records, a row each. what: what the records differ in."""
+    rows = [f"| {what} | identity before | identity after | scene after | identity shown by 'a person' with the LoRA on |", "|---|---|---|---|---|"]
+    for name, record in records.items():
         people = list(record["people"].values())
-        shares = [sum(row[when][what] for row in people) / len(people) for when, what in SHOWN]
-        rows.append(f"| {record['settings']['precision']} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+        shares = [sum(row[when][group] for row in people) / len(people) for when, group in SHOWN]
+        rows.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     return "\n".join(rows)
 
 
@@ -106,7 +106,9 @@ def main() -> None:
     tables |= {name: training_table for name in ("train", "train_original")}
     tables |= {"busy": busy_table, "choices": choices_table, "generate": generating_table, "memory": memory_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
-    written["precisions"] = precisions_table([json.loads((RESULTS / f"likeness_{name}.json").read_text(encoding="utf-8")) for name in PRECISIONS])
+    for name, what, endings in (("precisions", "base in training", PRECISIONS), ("photos", "trained on", COUNTS)):
+        records = {ending.replace("_", " "): json.loads((RESULTS / f"likeness_{ending}.json").read_text(encoding="utf-8")) for ending in endings}
+        written[name] = means_table(what, records)
     insert(Path("docs/BENCHMARKS.md"), {"mini": mini_table(mini), "likeness": likeness_table(likeness), **written})
 
 

@@ -1,6 +1,6 @@
 """`python -m scripts.likeness`: train the shipped recipe on people the mini model never saw, and measure the pictures.
 
-For each person: 12 photos -> `lorabooth train` -> new scenes, before and after, read off against the truth.
+For each person: photos -> `lorabooth train` -> new scenes, before and after, read off against the truth.
 """
 
 import argparse
@@ -29,12 +29,12 @@ def pictures(engine: Engine, prompts: list[str], lora: Path | None = None) -> li
     return [next(engine.generate(Request(p, 128, 128, seed=i, num_inference_steps=20), choices)).image for i, p in enumerate(prompts)]
 
 
-def measure(name: str, scenes: int, work: Path, settings: dict[str, object]) -> dict[str, object]:
+def measure(name: str, scenes: int, work: Path, settings: dict[str, object], photos: int = people.PHOTOS) -> dict[str, object]:
     """Train on one person and score new scenes with and without the LoRA; 'bleed' scores the LoRA on "a person"."""
     shutil.rmtree(work / name, ignore_errors=True)  # a finished run would be taken as it is, with the base it was trained on
     work.mkdir(parents=True, exist_ok=True)
     archive = work / f"{name}.zip"
-    people.write_zip(archive, people.photos(name, "[trigger]"))
+    people.write_zip(archive, people.photos(name, "[trigger]", photos))
     config = recipe_config(None, {"model": "mini", "trigger_word": TRIGGER, **settings})
     started = time.perf_counter()
     run = train_run(archive, config, work / name)
@@ -63,19 +63,20 @@ def measure(name: str, scenes: int, work: Path, settings: dict[str, object]) -> 
 def main() -> None:
     """Measure every held-out person and write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m scripts.likeness", description=__doc__)
-    parser.add_argument("--people", nargs="*", default=list(people.HELD_OUT), choices=list(people.HELD_OUT))
+    parser.add_argument("--people", nargs="*", default=list(people.HELD_OUT), choices=[*people.HELD_OUT, *people.MORE])
+    parser.add_argument("--photos", type=int, default=people.PHOTOS, help=f"photos to train on [default: {people.PHOTOS}]")
     parser.add_argument("--scenes", type=int, default=12, help="new scenes a person [default: 12]")
     parser.add_argument("--work", type=Path, default=Path("build/likeness"))
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/likeness.json"))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of TrainConfig to try")
     a = parser.parse_args()
     settings: dict[str, object] = dict(pair.split("=", 1) for pair in a.set)
-    results = {name: measure(name, a.scenes, a.work, settings) for name in a.people}
+    results = {name: measure(name, a.scenes, a.work, settings, a.photos) for name in a.people}
     machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "processor": platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__,
     }  # fmt: skip
-    record = {"people": results, "scenes": a.scenes, "settings": settings, "machine": machine}
+    record = {"people": results, "photos": a.photos, "scenes": a.scenes, "settings": settings, "machine": machine}
     a.result.parent.mkdir(parents=True, exist_ok=True)
     a.result.write_text(json.dumps(record, indent=1) + "\n")
     for name, row in results.items():
