@@ -21,6 +21,7 @@ from lorabooth.families import load_family
 from scripts.bench_generate import seconds_of
 from scripts.bench_startup import machine_record
 from scripts.bench_train import SETTINGS, WARM_UP_STEPS, mini_size, our_arm
+from scripts.gpu_check import write
 from scripts.original import ON_THE_CPU
 from scripts.peer import CPU
 
@@ -81,8 +82,7 @@ def bench(out: Path, steps: int) -> None:
     for neighbours in (0, os.cpu_count() or 1):
         for name, settings in SPINS.items():
             record["rows"].append({"neighbours": neighbours, "spins": name, "seconds": measured(settings, neighbours, steps)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(out, record)
     click.echo(table(record))
 
 

@@ -58,13 +58,9 @@ def load() -> ctypes.CDLL:
     return device
 
 
-def install(total_bytes: int) -> None:
-    """Make torch.cuda this device."""
-    device = load()
+def streams(device: ctypes.CDLL) -> dict[str, Any]:
+    """What torch.cuda has of streams and events."""
     import torch
-
-    assert device.pretended_is_there(), "torch had asked before"
-    device.pretended_set_room(total_bytes)
 
     def wait_for_all(_device: object = None) -> None:
         device.pretended_settle(device.pretended_copies())
@@ -121,6 +117,20 @@ def install(total_bytes: int) -> None:
             at_work.pop()
             device.pretended_beside(at_work[-1] is not main)
 
+    return {
+        "Event": Event, "Stream": Stream, "stream": stream, "current_stream": lambda _=None: at_work[-1], "default_stream": lambda _=None: main,
+        "synchronize": wait_for_all,
+    }  # fmt: skip
+
+
+def install(total_bytes: int) -> None:
+    """Make torch.cuda this device."""
+    device = load()
+    import torch
+
+    assert device.pretended_is_there(), "torch had asked before"
+    device.pretended_set_room(total_bytes)
+
     class Generator(torch.Generator):
         def __new__(cls, *_: Any, **__: Any) -> "Generator":
             return super().__new__(cls)
@@ -131,9 +141,8 @@ def install(total_bytes: int) -> None:
 
     about = SimpleNamespace(name="a pretended GPU", major=8, minor=9, total_memory=total_bytes, multi_processor_count=8, warp_size=32)
     known: dict[str, Any] = {
-        "Event": Event, "Stream": Stream, "stream": stream, "current_stream": lambda _=None: at_work[-1], "default_stream": lambda _=None: main,
         "is_available": available, "is_initialized": lambda: True, "_lazy_init": lambda: None, "device_count": lambda: 1, "current_device": lambda: 0,
-        "set_device": lambda _: None, "is_bf16_supported": lambda *_: True, "synchronize": wait_for_all,
+        "set_device": lambda _: None, "is_bf16_supported": lambda *_: True,
         "get_device_name": lambda _=None: about.name, "get_device_capability": lambda _=None: (about.major, about.minor),
         "get_device_properties": lambda _=None: about, "empty_cache": lambda: None,
         "mem_get_info": lambda _=None: (device.pretended_room() - device.pretended_held(), total_bytes),
@@ -144,7 +153,7 @@ def install(total_bytes: int) -> None:
         "set_sync_debug_mode": lambda mode: device.pretended_let_waiting_fail(mode == "error"),
         "manual_seed": lambda _: None, "manual_seed_all": lambda _: None,
     }  # fmt: skip
-    for name, value in known.items():
+    for name, value in (known | streams(device)).items():
         setattr(torch.cuda, name, value)
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
