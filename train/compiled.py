@@ -6,6 +6,7 @@ from tqdm import tqdm
 from lorabooth.compiled import try_compiled
 from lorabooth.sizes import blocks_of
 from train.data import CLASS_PREFIX, preserving
+from train.lean_blocks import join
 from train.objective import loss_of
 from train.trainer import Trainer, backward
 
@@ -30,6 +31,8 @@ def compile_blocks(trainer: Trainer) -> None:
                 batch = trainer.cache.compose(picked, [item.photo for item in picked], preserved, trainer.part)
                 backward(loss_of(trainer, batch, torch.Generator().manual_seed(0)))
 
+    if trainer.mixed:
+        join(trainer.transformer)
     try:
         blocks = blocks_of(trainer.transformer)
         as_one = len(blocks) <= FEW and len(shapes) == 1 and not trainer.plan.recomputed

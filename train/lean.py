@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorabooth.lora import ADAPTER
+from train.joined import Joined, worth_it
 
 Remake = Callable[..., tuple[Tensor, ...]]
 """What was kept of a linear's input -> the input [..., in], in parts that lie side by side."""
@@ -43,9 +44,6 @@ class LeanLora:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if torch.compiler.is_compiling():
-            a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-            return cast(Tensor, self.base_layer(x) + F.linear(F.linear(x, a), b) * self.scaling[ADAPTER])
         return self.alone(x)[0]
 
 
@@ -60,9 +58,13 @@ class Product:
         self.lora = [layer.lora_A[ADAPTER].weight for layer in layers] + [layer.lora_B[ADAPTER].weight for layer in layers]
         self.rank, self.count = layers[0].lora_A[ADAPTER].out_features, len(layers)
         self.widths = [[layer.lora_B[ADAPTER].out_features for layer in group] for group in groups]
+        self.outs = [sum(widths) for widths in self.widths]
+        self.joined: Joined | None = None
 
     def __call__(self, x: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """x [..., in] -> [..., out] for each group. kept: what `remake` takes, where there is one."""
+        if torch.compiler.is_compiling():
+            return self.in_single_operators(x)
         made, weights, biases = [], [], []
         for base in self.bases:
             plain = type(base) is nn.Linear
@@ -70,6 +72,21 @@ class Product:
             weights.append(base.weight if plain else None)
             biases.append(base.bias if plain else None)
         return cast(tuple[Tensor, ...], _Node.apply(self, x, *made, *weights, *biases, *self.lora, *(t.detach() for t in kept)))
+
+    def in_single_operators(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The same for a compiler, which fuses single operators with what stands around them."""
+        a, b = self.lora[: self.count], self.lora[self.count :]
+        if self.joined:
+            return cast(tuple[Tensor, ...], self.joined(x, a, b).split(self.outs, -1))
+        narrow = F.linear(x, _joined(a)) * self.scale
+        layers = iter(zip(self.bases, b, narrow.split(self.rank, -1), strict=True))
+        made = [[base(x) + F.linear(part, up) for _, (base, up, part) in zip(widths, layers, strict=False)] for widths in self.widths]
+        return tuple(_joined(parts, -1) for parts in made)
+
+    def join(self) -> None:
+        """Let the weights, frozen ones and those of the LoRA, be parts of one matrix, where that is worth it; for a compiler."""
+        if all(type(base) is nn.Linear and base.bias is not None for base in self.bases) and worth_it(self.bases, self.rank):
+            self.joined = Joined(self.bases, self.lora[: self.count], self.lora[self.count :], self.scale)
 
 
 class _Node(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """FLUX's blocks in training, around the linears of train/lean.py: fewer operators, and less kept for the backward pass.
 
 Query and key are kept once, not at each step of their normalisation and rotation, which they go through together. The text tokens that the last block would
-make are read by nobody and are not made. Where blocks are compiled, the compiler fuses better what it sees as single operators: then they are the libraries'
-own, and keep more (train/plan.py).
+make are read by nobody and are not made. Where blocks are compiled, nodes are single operators, which the compiler fuses, and keep more (train/plan.py).
 """
 
 from functools import lru_cache
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -41,6 +39,21 @@ def lean(model: nn.Module, remake: bool) -> None:
                 cast(Any, module).prepare(remake)
     if singles := getattr(model, "single_transformer_blocks", None):
         cast(Any, singles)[-1].prepare_last(len(blocks_of(model)))
+
+
+def join(model: nn.Module) -> None:
+    """Let frozen weights and the LoRA's be parts of common matrices (train/joined.py), in place. For a lean model that will be compiled, whose weights stay where
+    they are, and a LoRA that is a copy of what is trained: its weights are no dense tensors any more."""
+    for module in model.modules():
+        if isinstance(module, LeanFeedForward | LeanDoubleBlock | LeanSingleBlock):
+            for product in module.products():
+                if product:
+                    product.join()
+
+
+def alone(linear: nn.Module) -> Product | None:
+    """What a linear makes, if it has a LoRA."""
+    return linear.alone if isinstance(linear, LeanLora) else None
 
 
 class Activated:
@@ -71,10 +84,12 @@ class LeanFeedForward(FeedForward):
         """Look at what has a LoRA."""
         self.shrink = Activated(cast(Any, self.net)[-1], remake)
 
+    def products(self) -> list[Product | None]:
+        """What has a LoRA."""
+        return [alone(cast(Any, self.net[0]).proj), self.shrink.product]
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[B, N, width] -> the same."""
-        if torch.compiler.is_compiling():
-            return cast(Tensor, super().forward(hidden_states))
         return self.shrink(cast(Any, self.net[0]).proj(hidden_states))
 
 
@@ -89,18 +104,21 @@ class LeanDoubleBlock(FluxTransformerBlock):
         self.register_buffer("text_norms", norms(attn.norm_added_q, attn.norm_added_k), persistent=False)
         self.register_buffer("image_norms", norms(attn.norm_q, attn.norm_k), persistent=False)
 
+    def products(self) -> list[Product | None]:
+        """What has a LoRA; the feed-forwards have their own."""
+        attn = cast(Any, self.attn)
+        return [self.project_text.adapted, self.project_image.adapted, alone(attn.to_add_out), alone(attn.to_out[0])]
+
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None, joint_attention_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, width] and text tokens [B, M, width] -> text and image tokens."""
-        if torch.compiler.is_compiling():
-            return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         attn, lengths = cast(Any, self.attn), (encoder_hidden_states.shape[1], hidden_states.shape[1])
         text, image = AdaLN(self.norm1_context, temb, 6), AdaLN(self.norm1, temb, 6)
         text_pairs, text_values = self.project_text(text.normed(encoder_hidden_states))
         image_pairs, image_values = self.project_image(image.normed(hidden_states))
-        pairs, weights = heads_of(attn, torch.cat([text_pairs, image_pairs], 1), 2), (cast(Tensor, self.text_norms), cast(Tensor, self.image_norms))
-        query, key = norm_rope(pairs, weights, lengths, image_rotary_emb, attn.norm_q.eps)
+        pairs, weights = (heads_of(attn, text_pairs, 2), heads_of(attn, image_pairs, 2)), (cast(Tensor, self.text_norms), cast(Tensor, self.image_norms))
+        query, key = norm_rope(pairs, weights, image_rotary_emb, attn.norm_q.eps)
         attended = attend(attn, query, key, torch.cat([text_values, image_values], 1)).split(lengths, 1)
         encoder_hidden_states = text.gated(encoder_hidden_states, attn.to_add_out(attended[0].contiguous()))
         hidden_states = image.gated(hidden_states, attn.to_out[0](attended[1].contiguous()))
@@ -116,50 +134,40 @@ class LeanSingleBlock(FluxSingleTransformerBlock):
     def prepare(self, remake: bool) -> None:
         """Look at what has a LoRA."""
         attn = cast(Any, self.attn)
-        self.project = Projections((attn.to_q, attn.to_k), (attn.to_v,), (self.proj_mlp,))
+        self.project = Projections((self.proj_mlp,), (attn.to_q, attn.to_k), (attn.to_v,))
         self.shrink = Activated(self.proj_out, remake)
         self.register_buffer("pair_norms", norms(attn.norm_q, attn.norm_k), persistent=False)
+
+    def products(self) -> list[Product | None]:
+        """What has a LoRA."""
+        return [self.project.adapted, self.shrink.product]
 
     def prepare_last(self, blocks: int) -> None:
         """Be the last of so many blocks."""
         attn = cast(Any, self.attn)
         self.last, self.blocks = True, blocks
-        self.project_all, self.project_image = Projections((attn.to_k,), (attn.to_v,)), Projections((attn.to_q,), (self.proj_mlp,))
+        self.project_image, self.project_all = Projections((self.proj_mlp,), (attn.to_q,)), Projections((attn.to_k,), (attn.to_v,))
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None, joint_attention_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, width] and text tokens [B, M, width] -> text and image tokens."""
-        if torch.compiler.is_compiling():
-            if self.last and encoder_hidden_states.shape[1] > WORTH * self.blocks * (encoder_hidden_states.shape[1] + hidden_states.shape[1]):
-                return encoder_hidden_states, self.image_only(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-            return cast(tuple[Tensor, Tensor], super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs))
         attn, count, weights = cast(Any, self.attn), encoder_hidden_states.shape[1], cast(Tensor, self.pair_norms)
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         modulation = AdaLN(self.norm, temb, 3)
         normed = modulation.normed(tokens)
-        if self.last:
+        trimmed = self.last and (not torch.compiler.is_compiling() or count > WORTH * self.blocks * tokens.shape[1])
+        if trimmed:
             tokens, image_rotary = hidden_states, (image_rotary_emb[0][count:], image_rotary_emb[1][count:])
             keys, values = self.project_all(normed)
-            queries, hidden = self.project_image(normed[:, count:])
-            (key,) = norm_rope(heads_of(attn, keys, 1), (weights[1:],), (normed.shape[1],), image_rotary_emb, attn.norm_k.eps)
-            (query,) = norm_rope(heads_of(attn, queries, 1), (weights[:1],), (hidden_states.shape[1],), image_rotary, attn.norm_q.eps)
+            hidden, queries = self.project_image(normed[:, count:])
+            (key,) = norm_rope((heads_of(attn, keys, 1),), (weights[1:],), image_rotary_emb, attn.norm_k.eps)
+            (query,) = norm_rope((heads_of(attn, queries, 1),), (weights[:1],), image_rotary, attn.norm_q.eps)
         else:
-            pairs, values, hidden = self.project(normed)
-            query, key = norm_rope(heads_of(attn, pairs, 2), (weights,), (normed.shape[1],), image_rotary_emb, attn.norm_q.eps)
+            hidden, pairs, values = self.project(normed)
+            query, key = norm_rope((heads_of(attn, pairs, 2),), (weights,), image_rotary_emb, attn.norm_q.eps)
         tokens = modulation.gated(tokens, self.shrink(hidden, attend(attn, query, key, values)))
-        return (encoder_hidden_states, tokens) if self.last else cast(tuple[Tensor, Tensor], tokens.split([count, hidden_states.shape[1]], 1))
-
-    def image_only(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Rotary) -> Tensor:
-        """The image tokens that the last block makes, in the library's own operators."""
-        attn, count = cast(Any, self.attn), encoder_hidden_states.shape[1]
-        normed, gate = self.norm(torch.cat([encoder_hidden_states, hidden_states], 1), emb=temb)
-        image = normed[:, count:]
-        key = apply_rotary_emb(attn.norm_k(attn.to_k(normed).unflatten(-1, (-1, attn.head_dim))), image_rotary_emb, sequence_dim=1)
-        image_rotary = (image_rotary_emb[0][count:], image_rotary_emb[1][count:])
-        query = apply_rotary_emb(attn.norm_q(attn.to_q(image).unflatten(-1, (-1, attn.head_dim))), image_rotary, sequence_dim=1)
-        attended = attend(attn, query, key, attn.to_v(normed))
-        return hidden_states + gate[:, None] * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(image))], 2))
+        return (encoder_hidden_states, tokens) if trimmed else cast(tuple[Tensor, Tensor], tokens.split([count, hidden_states.shape[1]], 1))
 
 
 class Projections:
@@ -186,16 +194,21 @@ class AdaLN:
 
     def normed(self, x: Tensor) -> Tensor:
         """The layer norm of x [B, N, width], scaled and shifted."""
-        return torch.addcmul(self.shift, self.norm(x), 1 + self.scale)
+        return plus(self.shift, self.norm(x), 1 + self.scale)
 
     def gated(self, x: Tensor, change: Tensor) -> Tensor:
         """x with what attention made of it."""
-        return torch.addcmul(x, self.gate, change)
+        return plus(x, self.gate, change)
 
     def fed_forward(self, x: Tensor, norm: nn.Module, feed_forward: nn.Module) -> Tensor:
         """x with what the feed-forward made of it."""
         shift, scale, gate = self.further
-        return torch.addcmul(x, gate, feed_forward(torch.addcmul(shift, norm(x), 1 + scale)))
+        return plus(x, gate, feed_forward(plus(shift, norm(x), 1 + scale)))
+
+
+def plus(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a * b."""
+    return x + a * b if torch.compiler.is_compiling() else torch.addcmul(x, a, b)  # which the compiler would multiply by one first, in kernels of their own
 
 
 def heads_of(attn: FluxAttention, x: Tensor, count: int) -> Tensor:
@@ -214,12 +227,22 @@ def norms(*modules: nn.RMSNorm) -> Tensor:
     return torch.stack([module.weight.detach().float() * sqrt(len(module.weight)) for module in modules])[:, None]
 
 
-def norm_rope(x: Tensor, weights: tuple[Tensor, ...], lengths: tuple[int, ...], rotary: Rotary, eps: float) -> tuple[Tensor, ...]:
+def norm_rope(parts: tuple[Tensor, ...], weights: tuple[Tensor, ...], rotary: Rotary, eps: float) -> tuple[Tensor, ...]:
     """RMS norm over each head (Zhang and Sennrich 2019, arXiv 1910.07467), then the rotation of pairs by position (Su et al. 2021, arXiv 2104.09864).
 
-    x [B, N, count, heads, width] (query and key, say), weights as from `norms`, each for so many of the N tokens -> `count` tensors [B, N, heads, width].
+    parts: tokens that follow each other, [B, some of N, count, heads, width] (query and key, say); weights as from `norms`, for each part
+    -> `count` tensors [B, N, heads, width].
     """
-    return cast(tuple[Tensor, ...], _NormRope.apply(x, *_rotation(*rotary), eps * x.shape[-1], lengths, *weights))
+    lengths, eps = tuple(part.shape[1] for part in parts), eps * parts[0].shape[-1]
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if not torch.compiler.is_compiling():
+        return cast(tuple[Tensor, ...], _NormRope.apply(x, *_rotation(*rotary), eps, lengths, *weights))
+    # In single operators, of which a compiler makes one kernel.
+    wide, (cos, sin) = x.float(), (angle[:, None, None] for angle in rotary)
+    weight = weights[0] if len(weights) == 1 else torch.cat([w.expand(n, *w.shape) for w, n in zip(weights, lengths, strict=True)])
+    normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps) * weight
+    real, imaginary = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    return (normed * cos + torch.stack([-imaginary, real], -1).flatten(-2) * sin).to(x.dtype).unbind(2)
 
 
 @lru_cache(maxsize=2)

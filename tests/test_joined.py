@@ -1,0 +1,102 @@
+"""Frozen weights and their LoRA in one matrix: the same training where blocks are compiled, in fewer products."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from lorabooth.lora import LoraSpec
+from lorabooth.sizes import blocks_of
+from tests.test_lean import gradients, velocity, with_lora
+from train.joined import ALIGNED, Joined
+from train.lean_blocks import LeanDoubleBlock, LeanFeedForward, LeanSingleBlock, join, lean
+
+
+@pytest.fixture(autouse=True)
+def _worth_it_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.joined.WORTH", 1 / 2)
+
+
+def compiled(transformer: nn.Module, joined: bool = True, backend: Any = "aot_eager") -> None:
+    """Blocks as a compiler sees them, down to the operators that it makes kernels of."""
+    torch._dynamo.reset()
+    lean(transformer, remake=True)
+    if joined:
+        join(transformer)
+    for block in blocks_of(transformer):
+        block.compile(backend=backend, dynamic=False, fullgraph=True)
+
+
+def products(transformer: nn.Module) -> list[Joined]:
+    """What has been joined."""
+    lean_blocks = [m for m in transformer.modules() if isinstance(m, LeanFeedForward | LeanDoubleBlock | LeanSingleBlock)]
+    return [product.joined for block in lean_blocks for product in block.products() if product and product.joined]
+
+
+SPECS = [LoraSpec(4, 4, "attention+ff"), LoraSpec(3, 6, "attention+ff"), LoraSpec(4, 4, "attention"), LoraSpec(4, 8, r".*to_q|.*proj_out")]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_output_and_gradients_are_those_of_diffusers_and_peft(spec: LoraSpec, joined: bool):
+    transformer, parameters = with_lora(spec)
+    theirs, their_gradients = gradients(transformer, parameters)
+    compiled(transformer, joined)
+    assert bool(products(transformer)) == joined
+    ours, our_gradients = gradients(transformer, parameters)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for mine, right in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+
+
+def test_what_is_written_to_a_weight_is_in_the_matrix():
+    transformer, parameters = with_lora(SPECS[0])
+    compiled(transformer)
+    other, values = with_lora(SPECS[0])
+    changed = [value.detach() * torch.linspace(0.5, 2, value.numel()).view_as(value) for value in values]
+    for parameter, value in zip(values, changed, strict=True):
+        parameter.data = value.clone()
+    torch._foreach_copy_([p.detach() for p in parameters], changed)
+    torch.testing.assert_close(velocity(transformer), velocity(other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_has_two_thirds_of_the_products():
+    counts = []
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> object:
+        counts[-1] += sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    for joined in (True, False):
+        transformer, parameters = with_lora(SPECS[0])
+        counts.append(0)
+        compiled(transformer, joined, aot_autograd(fw_compiler=counted))
+        gradients(transformer, parameters)
+    assert 0 < counts[0] < 0.67 * counts[1], counts
+
+
+def test_rows_stay_aligned_and_a_large_rank_stays_apart():
+    for rank in (1, 4, 12):
+        transformer, _ = with_lora(LoraSpec(rank, rank, "attention+ff"))
+        compiled(transformer)
+        found = products(transformer)
+        assert all(side % ALIGNED == 0 for joined in found for side in joined.matrix.shape)
+        assert any(joined.beside for joined in found) and not all(joined.beside for joined in found)
+    transformer, _ = with_lora(LoraSpec(128, 128, "attention+ff"))
+    compiled(transformer)
+    assert not products(transformer)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantized_weights_stay_apart_and_are_right(precision: str):
+    transformer, parameters = with_lora(SPECS[0], precision=precision)
+    theirs, their_gradients = gradients(transformer, parameters)
+    compiled(transformer)
+    ours, our_gradients = gradients(transformer, parameters)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for mine, right in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
