@@ -28,7 +28,7 @@ from lorabooth.swap import BlockSwap
 from scripts.bench_train import kept_bytes
 from scripts.random_flux import DEV, write_model
 from train import export, placement, plan
-from train.lean_blocks import lean
+from train.lean_blocks import join, lean
 from train.placement import place, start_plan
 from train.plan import MemoryPlan, Shapes, choose, fitting
 from train.planning import shapes_of
@@ -68,7 +68,7 @@ def test_shapes_are_counted_without_weights():
 
 
 def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed: int = 0, compiled: str = "", precision: str = "bf16") -> float:
-    """bf16 values that a forward pass keeps for its backward, for each of 128 tokens; weights are not counted."""
+    """bf16 values that a forward pass keeps for its backward, for each further token of the picture; weights are not counted."""
     transformer = FluxTransformer2DModel(
         in_channels=64, num_layers=doubles, num_single_layers=singles, attention_head_dim=128, num_attention_heads=4, joint_attention_dim=32,
         pooled_projection_dim=16, guidance_embeds=True,
@@ -78,17 +78,22 @@ def saved_values(doubles: int, singles: int, targets: str, rank: int, recomputed
     for p in LoraSpec(rank, rank, targets).attach(transformer, 0):
         p.data = p.data.to(torch.bfloat16)
     lean(transformer, remake=True)
+    if compiled:
+        join(transformer)
     start_plan(transformer, MemoryPlan(precision, recomputed, 0, False), CPU, random=False)
     transformer.train()
     set_up_for(blocks_of(transformer), sparing=compiled == "sparing")
     for block in blocks_of(transformer) if compiled else ():
         block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     conditioning = Conditioning(torch.randn(1, 64, 32).bfloat16(), torch.randn(1, 16).bfloat16())
-    with kept_bytes(transformer) as kept, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        family = load_family("mini")
-        out = family.velocity(transformer, torch.randn(1, 64, 64).bfloat16(), torch.tensor([0.5]), 1.0, conditioning, flow.image_ids(16, 16))
-    assert out.requires_grad
-    return sum(kept.values()) / 128 / 2
+    family, values = load_family("mini"), []
+    for side in (16, 32):
+        with kept_bytes(transformer) as kept, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            x = torch.randn(1, 4 * side, 64).bfloat16()
+            out = family.velocity(transformer, x, torch.tensor([0.5]), 1.0, conditioning, flow.image_ids(16, side))
+        assert out.requires_grad
+        values.append(sum(kept.values()) / 2)
+    return (values[1] - values[0]) / 64
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear"])

@@ -40,10 +40,10 @@ class Joined:
         rows = x.flatten(0, -2)  # of what has more dimensions the compiler does not write the copies below where it makes it
         if self.beside:
             narrow = self._scaled(F.linear(rows, torch.cat([*a, self.nothing])))
-            made = _Beside.apply(torch.cat([rows, narrow], 1), self.wide, self.matrix, self.bias, *b)
+            made = _Beside.apply(rows, narrow, self.matrix, self.bias, *b)
         else:
             made, narrow, _ = _Below.apply(rows, self.widths[0], self.matrix, self.bias, a[0]).split([*self.widths, self.rank, len(self.nothing)], 1)
-            made = made + F.linear(self._scaled(narrow), b[0])
+            made = made + F.linear(self._scaled(narrow).clone(), b[0])  # kept for the backward pass, as a part it would keep the whole
         return cast(Tensor, made.view(*x.shape[:-1], -1))
 
     def _scaled(self, narrow: Tensor) -> Tensor:
@@ -61,20 +61,20 @@ def worth_it(linears: Sequence[nn.Linear], rank: int) -> bool:
 
 
 class _Beside(torch.autograd.Function):
-    """[x; A x] [rows, in + part] by [W B]. Each b is a part of the matrix, and an argument for its gradient's sake."""
+    """x [rows, in] and A x [rows, part] by [W B]. Each b is a part of the matrix, and an argument for its gradient's sake."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wide: int, matrix: Tensor, bias: Tensor, *b: Tensor) -> Tensor:
-        ctx.save_for_backward(x, matrix)
-        ctx.wide, ctx.widths, ctx.rank = wide, [len(up) for up in b], b[0].shape[1]
-        return F.linear(x, matrix, bias)
+    def forward(ctx: Any, x: Tensor, narrow: Tensor, matrix: Tensor, bias: Tensor, *b: Tensor) -> Tensor:
+        ctx.save_for_backward(narrow, matrix)
+        ctx.widths, ctx.rank = [len(up) for up in b], b[0].shape[1]
+        return F.linear(torch.cat([x, narrow], 1), matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, matrix = ctx.saved_tensors
-        narrow = x[:, ctx.wide :][:, : len(ctx.widths) * ctx.rank]
-        parts = zip(gradients[0].split(ctx.widths, 1), narrow.split(ctx.rank, 1), strict=True)
-        return gradients[0] @ matrix, None, None, None, *(one.t() @ part for one, part in parts)
+        narrow, matrix = ctx.saved_tensors
+        parts = zip(gradients[0].split(ctx.widths, 1), narrow[:, : len(ctx.widths) * ctx.rank].split(ctx.rank, 1), strict=True)
+        both = (gradients[0] @ matrix).split([matrix.shape[1] - narrow.shape[1], narrow.shape[1]], 1)
+        return *both, None, None, *(one.t() @ part for one, part in parts)
 
 
 class _Below(torch.autograd.Function):

@@ -42,13 +42,15 @@ def lean(model: nn.Module, remake: bool) -> None:
 
 
 def join(model: nn.Module) -> None:
-    """Let frozen weights and the LoRA's be parts of common matrices (train/joined.py), in place. For a lean model that will be compiled, whose weights stay where
-    they are, and a LoRA that is a copy of what is trained: its weights are no dense tensors any more."""
+    """Let frozen weights and the LoRA's be parts of common matrices (train/joined.py), in place. For a lean model that will be compiled, whose weights stay
+    where they are, and a LoRA that is a copy of what is trained: its weights are no dense tensors any more."""
     for module in model.modules():
         if isinstance(module, LeanFeedForward | LeanDoubleBlock | LeanSingleBlock):
             for product in module.products():
                 if product:
                     product.join()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the places of the single weights are too small for what comes next
 
 
 def alone(linear: nn.Module) -> Product | None:
