@@ -1,17 +1,26 @@
 """Frozen weights and their LoRA in one matrix: the same training where blocks are compiled, in fewer products."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from accelerate import Accelerator
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from lorabooth.families import load_family
 from lorabooth.lora import LoraSpec
+from lorabooth.runs import RunDir
 from lorabooth.sizes import blocks_of
 from tests.test_lean import gradients, velocity, with_lora
+from tests.test_processes import untrained
+from train import fit, objective
+from train import trainer as trainer_room
+from train.compiled import compile_blocks
 from train.joined import ALIGNED, Joined
 from train.lean_blocks import LeanDoubleBlock, LeanFeedForward, LeanSingleBlock, join, lean
 
@@ -100,3 +109,19 @@ def test_quantized_weights_stay_apart_and_are_right(precision: str):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     for mine, right in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+
+
+def test_a_run_whose_weights_are_joined_is_the_run_without(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for room in (fit, objective, trainer_room):
+        monkeypatch.setattr(room, "base_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = untrained(tiny_run, tmp_path / "run", compile_blocks=True, preview_every=4)
+    trainer = fit.start(run, run.config, load_family(run.config.model), Accelerator(cpu=True))
+    compile_blocks(trainer)
+    assert products(trainer.transformer) and not all(p.is_contiguous() for p in trainer.live)
+    fit.train_step(trainer)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(trainer.live, trainer.state.parameters, strict=True)), "the live weights are those of the state"
+    # The whole run, through its checkpoints and previews, ends near the one in fp32.
+    fit.run(run)
+    mine, exact = ([row["loss"] for row in r.history() if "loss" in row] for r in (run, RunDir(tiny_run)))
+    assert mine == pytest.approx(exact, rel=0.03) and mine != exact
