@@ -30,6 +30,8 @@ def set_up_for(blocks: list[nn.Module], sparing: bool = False) -> None:
     # A quantized weight is made wide in the forward pass and again in the backward pass. The compiler sees one expression written twice and would keep what
     # it gave: each weight of every block in bf16, beside the small one.
     torch._functorch.config.cse = not any(isinstance(module, QuantizedLinear) for block in blocks for module in block.modules())
+    # Ours are traced, and what they do is part of the key; else each start would trace every block that has one anew.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     torch._functorch.config.ban_recompute_materialized_backward = not sparing
 
 

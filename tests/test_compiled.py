@@ -35,6 +35,7 @@ def losses(run: RunDir) -> list[float]:
     "settings", [{}, {"precision": "int8"}, {"gradient_checkpointing": "all", "precompute_modulation": True, "resolution": "64,128"}], ids=str
 )
 def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]):
+    counters.clear()
     runs = [untrained(tiny_run, tmp_path / str(compiled), compile_blocks=compiled, preview_every=4, **settings) for compiled in (True, False)]
     for run in runs:
         encode.run(run)
@@ -42,6 +43,7 @@ def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, setti
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-3)
     said = capsys.readouterr().err
     assert "compile (once" in said and "cannot be compiled" not in said
+    assert not counters["aot_autograd"]["autograd_cache_bypass"], "what is traced is found again at the next start"
 
 
 def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,22 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALIGNED = 16
-"""Rows or columns that the LoRA's part is a multiple of: a GPU is slow with matrices whose rows are no multiple of 16 bytes."""
+ALIGNED = 8
+"""Rows or columns that the LoRA's part is a multiple of: a GPU is slow with matrices whose rows are no multiple of 16 bytes, eight values in bf16."""
 WORTH = 1 / 16
 """The largest share of a matrix that is the LoRA's part: of several layers it is mostly zeros, and they are multiplied, too."""
 
 
 class Joined:
-    """Linears of one input, one or several, and their LoRAs. Their weights become parts of the matrix: who writes to a weight writes into it."""
+    """Linears of one input, and their LoRAs; several only if they make more than they take. Their weights become parts of the matrix: who writes to a weight
+    writes into it."""
 
     def __init__(self, linears: Sequence[nn.Linear], a: Sequence[Tensor], b: Sequence[Tensor], scale: float):
         """a, b: the weights of the LoRAs, [rank, in] and [out, rank] each."""
         self.scale, self.rank, self.widths, self.wide = scale, len(a[0]), [len(up) for up in b], linears[0].in_features
         out, part, new = sum(self.widths), lora_part(linears, self.rank), linears[0].weight.new_zeros
         self.beside = out > self.wide
-        self.matrix = new((out, self.wide + part) if self.beside else (out + part, self.wide))
-        self.bias, self.nothing = new(len(self.matrix)), new(part - len(linears) * self.rank, self.wide)
+        assert self.beside or len(linears) == 1
+        # Parameters, for the compiler takes their sizes as given where those of pictures vary.
+        self.matrix = frozen(new((out, self.wide + part) if self.beside else (out + part, self.wide)))
+        self.bias, self.nothing = frozen(new(len(self.matrix))), frozen(new(part - len(linears) * self.rank, self.wide))
         for i, (linear, up, rows, bias) in enumerate(zip(linears, b, self.matrix[:out].split(self.widths), self.bias[:out].split(self.widths), strict=True)):
             linear.weight.data, linear.bias.data = rows[:, : self.wide].copy_(linear.weight.data), bias.copy_(linear.bias.data)
             if self.beside:
@@ -48,6 +51,11 @@ class Joined:
 
     def _scaled(self, narrow: Tensor) -> Tensor:
         return narrow if self.scale == 1 else narrow * self.scale
+
+
+def frozen(values: Tensor) -> nn.Parameter:
+    """A parameter that nobody trains."""
+    return nn.Parameter(values, requires_grad=False)
 
 
 def lora_part(linears: Sequence[nn.Linear], rank: int) -> int:

@@ -102,7 +102,14 @@ class Trainer:
     def show_weights(self) -> None:
         """Round the state's weights into the live ones."""
         if self.mixed:
-            torch._foreach_copy_(self.live, self.state.parameters)
+            write(self.live, self.state.parameters)
+
+
+def write(weights: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into weights. Those that are parts of larger matrices (train/joined.py) apart: one of them among many has torch copy all one by one."""
+    for dense in (True, False):
+        if pairs := [pair for pair in zip(weights, values, strict=True) if pair[0].is_contiguous() == dense]:
+            torch._foreach_copy_([weight for weight, _ in pairs], [value for _, value in pairs])
 
 
 def backward(loss: Tensor) -> None:
@@ -126,11 +133,11 @@ def with_weights(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
     """Other LoRA weights in place of the raw ones, and no gradients."""
     with torch.no_grad():
         raw = [p.detach().clone() for p in trainer.live]
-        torch._foreach_copy_(trainer.live, weights)
+        write(trainer.live, weights)
         try:
             yield
         finally:
-            torch._foreach_copy_(trainer.live, raw)
+            write(trainer.live, raw)
 
 
 @contextmanager
