@@ -112,7 +112,12 @@ def test_quantized_weights_stay_apart_and_are_right(precision: str):
         torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": "all", "resolution": "64,128", "preservation_rate": 0.25}], ids=str)
+EVERYTHING = {"gradient_checkpointing": "all", "resolution": "64,128", "preservation_rate": 0.25}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param(EVERYTHING, marks=pytest.mark.slow)], ids=str
+)  # every share of each shape is traced, forward and backward
 def test_a_run_whose_weights_are_joined_is_the_run_without(settings: dict[str, Any], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for room in (fit, objective, trainer_room):
         monkeypatch.setattr(room, "base_dtype", lambda _: torch.bfloat16)
