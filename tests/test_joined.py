@@ -132,4 +132,4 @@ def test_a_run_whose_weights_are_joined_is_the_run_without(settings: dict[str, A
     # The whole runs, through checkpoints and previews.
     fit.run(run), fit.run(plain)
     mine, right = ([row["loss"] for row in r.history() if "loss" in row] for r in (run, plain))
-    assert mine == pytest.approx(right, rel=0.01) and mine != right
+    assert mine == pytest.approx(right, rel=0.03) and mine != right  # what bf16 rounds, as in test_plan_trains
