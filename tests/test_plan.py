@@ -112,7 +112,8 @@ def test_compiled_blocks_keep_what_is_reckoned(targets: str, compiled: str):
     rank = 4  # so small that all weights that may be are joined with it
     one = saved_values(1, 1, targets, rank, compiled=compiled)
     for i, counted in enumerate([saved_values(2, 1, targets, rank, compiled=compiled), saved_values(1, 2, targets, rank, compiled=compiled)]):
-        assert counted - one == pytest.approx(plan.SAVED[targets][compiled][i] * 512 + plan.SAVED_RANKS[targets][i] * rank, rel=0.03)
+        norms = 2 * 2 * 128 * (i == 0)  # fp32 weights of a double block's norms for each token, whatever the width: of FLUX.1-dev's a sixth
+        assert counted - one == pytest.approx(plan.SAVED[targets][compiled][i] * 512 + plan.SAVED_RANKS[targets][i] * rank + norms, rel=0.03)
 
 
 def test_compiled_blocks_do_not_keep_the_wide_copies_of_quantized_weights():
