@@ -70,7 +70,7 @@ def test_what_is_written_to_a_weight_is_in_the_matrix():
     changed = [value.detach() * torch.linspace(0.5, 2, value.numel()).view_as(value) for value in values]
     for parameter, value in zip(values, changed, strict=True):
         parameter.data = value.clone()
-    torch._foreach_copy_([p.detach() for p in parameters], changed)
+    trainer_room.write([p.detach() for p in parameters], changed)
     torch.testing.assert_close(velocity(transformer), velocity(other), rtol=1e-4, atol=1e-5)
 
 

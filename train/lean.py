@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorabooth.lora import ADAPTER
-from train.joined import Joined, worth_it
+from train.joined import Joined, scaled, worth_it
 
 Remake = Callable[..., tuple[Tensor, ...]]
 """What was kept of a linear's input -> the input [..., in], in parts that lie side by side."""
@@ -78,7 +78,7 @@ class Product:
         a, b = self.lora[: self.count], self.lora[self.count :]
         if self.joined:
             return cast(tuple[Tensor, ...], self.joined(x, a, b).split(self.outs, -1))
-        narrow = F.linear(x, _joined(a)) * self.scale
+        narrow = scaled(F.linear(x, _joined(a)), self.scale)
         layers = iter(zip(self.bases, b, narrow.split(self.rank, -1), strict=True))
         made = [[base(x) + F.linear(part, up) for _, (base, up, part) in zip(widths, layers, strict=False)] for widths in self.widths]
         return tuple(_joined(parts, -1) for parts in made)
