@@ -24,14 +24,10 @@ def quantized(linear: nn.Linear, precision: str, device: torch.device) -> nn.Lin
     if precision != "nf4":
         return QuantizedLinear(linear, precision)
     try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from lorabooth.four_bits import four_bit_linear
     except ImportError:
         raise UserError("precision nf4 needs bitsandbytes, which is not installed", hint="pip install bitsandbytes, or choose --precision int8") from None
-    four_bits: nn.Linear = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, device="meta")
-    weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    four_bits.weight = weight.to(device)
-    four_bits.bias = linear.bias
-    return four_bits
+    return four_bit_linear(linear, device)
 
 
 def put_blocks(blocks: list[nn.Module], precision: str, swapped: int, device: torch.device) -> None:
