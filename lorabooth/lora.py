@@ -33,7 +33,7 @@ INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": "piss
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of a LoRA: rank, alpha, and the modules it sits on (a regular expression, full match); the rest by PEFT's names."""
+    """Shape of a LoRA: rank, alpha, and the modules it sits on (a regular expression); the rest by PEFT's names."""
 
     rank: int
     alpha: int
@@ -42,13 +42,15 @@ class LoraSpec:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"
+    searched: bool = False
+    """Whether `targets` is looked for anywhere in a module's name, as the hosted trainer does; else it is one of TARGETS or must match a whole name."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LoraSpec":
         """The LoRA that a recipe asks for."""
-        # The hosted trainer searches its expression anywhere in a name.
-        targets = f".*(?:{config.layers_to_optimize_regex}).*" if config.layers_to_optimize_regex else config.targets
-        return cls(config.lora_rank, config.alpha, targets, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_init)
+        searched = bool(config.layers_to_optimize_regex)
+        targets = config.layers_to_optimize_regex if searched else config.targets
+        return cls(config.lora_rank, config.alpha, targets, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_init, searched)
 
     @property
     def scale(self) -> float:
@@ -56,16 +58,20 @@ class LoraSpec:
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def module_names(self, transformer: torch.nn.Module) -> list[str]:
-        """Names of the linears this LoRA sits on; a UserError that lists what can be matched where there is none."""
+        """Names of the linears this LoRA sits on; a UserError that lists what can be matched where there is none. An expression may have the names with or
+        without the prefix that they have in LoRA files."""
         linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        option = "layers_to_optimize_regex" if self.searched else "targets"
         try:
-            pattern = re.compile(TARGETS.get(self.targets, self.targets))
+            pattern = re.compile(self.targets if self.searched else TARGETS.get(self.targets, self.targets))
         except re.error as error:
-            raise UserError(f"targets: {self.targets!r} is not a regular expression: {error}") from None
-        names = [name for name in linears if pattern.fullmatch(name)]
+            raise UserError(f"{option}: {self.targets!r} is not a regular expression: {error}") from None
+        matches = pattern.search if self.searched else pattern.fullmatch
+        names = [name for name in linears if matches(name) or matches(PREFIX + name)]
         if not names:
-            shapes = sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in linears})
-            raise UserError(f"targets: {self.targets!r} matches no layer", hint=f"use one of {', '.join(TARGETS)}, or match names such as: {', '.join(shapes)}")
+            shapes = ", ".join(sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in linears}))
+            known = "" if self.searched else f"use one of {', '.join(TARGETS)}, or "
+            raise UserError(f"{option}: {self.targets!r} matches no layer", hint=f"{known}match names such as: {shapes}")
         return names
 
     def attach(self, transformer: torch.nn.Module, seed: int, start: dict[str, Tensor] | None = None) -> list[Tensor]:

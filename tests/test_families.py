@@ -100,11 +100,19 @@ def test_the_hosted_trainers_regular_expression_is_searched_in_names(dev: FluxTr
     def names(expression: str) -> list[str]:
         return LoraSpec.of(TrainConfig(trigger_word="TOK", layers_to_optimize_regex=expression)).module_names(dev)
 
-    assert names(r"single_transformer_blocks.(7|12|16|20).proj_out") == [f"single_transformer_blocks.{i}.proj_out" for i in (7, 12, 16, 20)]
+    four = [f"single_transformer_blocks.{i}.proj_out" for i in (7, 12, 16, 20)]
+    assert names(r"single_transformer_blocks.(7|12|16|20).proj_out") == names(r"transformer.single_transformer_blocks.(7|12|16|20).proj_out") == four
     assert names("^proj_out$") == ["proj_out"]
     assert len(names("to_q")) == 57
-    with pytest.raises(UserError, match="matches no layer"):
+    with pytest.raises(UserError, match=r"^layers_to_optimize_regex: 'to_z' matches no layer"):
         names("to_z")
+    with pytest.raises(UserError, match=r"^layers_to_optimize_regex: '.to_q' is not a regular expression"):
+        names("(to_q")
+
+
+def test_names_may_be_those_in_lora_files(dev: FluxTransformer2DModel):
+    expression = r"transformer\.single_transformer_blocks\.7\.proj_out"
+    assert LoraSpec(16, 16, expression).module_names(dev) == ["single_transformer_blocks.7.proj_out"]
 
 
 def test_targets_that_match_nothing_are_refused_with_a_list_of_what_can_be_matched(dev: FluxTransformer2DModel):
