@@ -218,7 +218,7 @@ def load_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
 
     Raises UserError for an unknown key (with the nearest known one) and for a value out of range, in one sentence.
     """
-    merged = (_read_yaml(recipe) if recipe else {}) | {k: v for k, v in values.items() if v is not None}
+    merged = (read_recipe(recipe) if recipe else {}) | {k: v for k, v in values.items() if v is not None}
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
@@ -262,7 +262,8 @@ _Recipe.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, as they stand there; a UserError where it is none."""
     try:
         content = yaml.load(read_limited(path, MAX_RECIPE_BYTES).decode(), _Recipe)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -49,6 +49,19 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+# Recipes
+
+
+def test_what_a_recipe_leaves_open_is_as_in_the_models_own(tmp_path: Path):
+    recipe, named = tmp_path / "r8.yaml", {"trigger_word": "TOK"}
+    recipe.write_text("lora_rank: 8\nwandb_sample_interval: 7\n")
+    own, changed = recipe_config(None, named | {"model": "mini"}), recipe_config(recipe, named | {"model": "mini", "steps": 5})
+    assert changed == own.model_copy(update={"lora_rank": 8, "preview_every": 7, "steps": 5}) and own.resolution == "128"
+    assert recipe_config(recipe, named).resolution == TrainConfig.model_fields["resolution"].default
+    recipe.write_text("model: mini\nlora_rank: 8\n")
+    assert recipe_config(recipe, named) == own.model_copy(update={"lora_rank": 8})
+
+
 # Held-out photos
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lorabooth import consent, stages
 from lorabooth.check.command import check_new_run
-from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config
+from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config, read_recipe
 from lorabooth.errors import UserError
 from lorabooth.notes import note
 from lorabooth.photos import Manifest, ingest
@@ -48,7 +48,7 @@ def _show(value: Any) -> str:
 @click.option(
     "--recipe",
     type=click.Path(path_type=Path),
-    help="YAML file of settings; options given here win over it. [default: configs/mini.yaml for --model mini, else none]",
+    help="YAML file of settings; options given here win over it. For the mini model, what it leaves open is as in configs/mini.yaml. [default: none]",
 )
 @click.option(
     "--class-photos", type=click.Path(path_type=Path), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]"
@@ -129,10 +129,11 @@ def _check_push(repository: str) -> None:
 
 
 def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
-    """The settings of a run; the mini model has a recipe of its own, since its pictures and layers are small."""
-    if recipe is None and values.get("model") == "mini":
-        recipe = RECIPES / "mini.yaml"
-    return load_config(recipe, values)
+    """The settings of a run. What a recipe leaves open is the mini model's own recipe, since its pictures and layers are small, or else the default."""
+    given = (read_recipe(recipe) if recipe else {}) | {name: value for name, value in values.items() if value is not None}
+    named = {HOSTED_NAMES.get(name, name) for name in given}
+    beneath = read_recipe(RECIPES / "mini.yaml") if given.get("model") == "mini" else {}
+    return load_config(None, {name: value for name, value in beneath.items() if name not in named} | given)
 
 
 def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "", class_photos: Path | None = None, consented: bool = False) -> RunDir:
