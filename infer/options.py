@@ -9,7 +9,7 @@ from typing import Any
 import click
 from PIL import Image, ImageChops
 
-from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, size_for, size_like
+from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, side_for, size_for, size_like
 from infer.settings import Settings
 from lorabooth import hub
 from lorabooth.decoder import Decoder
@@ -50,9 +50,13 @@ class PictureOptions:
         return Request(prompt, *size, seed, num_outputs, steps, self.guidance_scale, self.negative_prompt, scale, source)
 
     def size(self, native_px: int, source: Source | None) -> tuple[int, int]:
-        """Width and height in px, as asked for, or like those of the picture to start from."""
-        given = size_like(source.image, self.megapixels, native_px) if source and not self.aspect_ratio else None
-        width, height = given or size_for(self.aspect_ratio or "1:1", native_px, self.megapixels)
+        """Width and height in px, as asked for, or like those of the picture to start from. A side that is not given follows the other."""
+        like = size_like(source.image, self.megapixels, native_px) if source and not self.aspect_ratio else None
+        width, height = like or size_for(self.aspect_ratio or "1:1", native_px, self.megapixels)
+        if self.width is None and self.height is not None:
+            width = side_for(self.height * width / height)
+        elif self.height is None and self.width is not None:
+            height = side_for(self.width * height / width)
         return width if self.width is None else self.width, height if self.height is None else self.height
 
     def check(self, base: str, prompt: str, seed: int, num_outputs: int = 1) -> None:
@@ -113,8 +117,8 @@ def picture_options(command: Command) -> Command:
         gathered,
         click.option("--aspect-ratio", help=f"One of {', '.join(ASPECT_RATIOS)}. [default: 1:1, or that of --image]"),
         click.option("--megapixels", type=click.Choice(MEGAPIXELS), default="1", show_default=True, help="Size for a base of 1024 px; 0.25 halves the sides."),
-        click.option("--width", type=int, help="Width in px, a multiple of 16; wins over --aspect-ratio."),
-        click.option("--height", type=int, help="Height in px, a multiple of 16; wins over --aspect-ratio."),
+        click.option("--width", type=int, help="Width in px, a multiple of 16. Without --height, that follows by the aspect ratio."),
+        click.option("--height", type=int, help="Height in px, a multiple of 16. Without --width, that follows by the aspect ratio."),
         click.option("--steps", "num_inference_steps", type=int, default=28, show_default=True, help="Denoising steps, 1-50."),
         click.option("--guidance", "guidance_scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt, 0-10."),
         click.option("--negative", "negative_prompt", default="", help="What the picture should not show; doubles the time."),

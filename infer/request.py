@@ -114,6 +114,11 @@ def size_like(image: Image.Image, megapixels: str, native_px: int) -> tuple[int,
     return max(width, SIDES_PX[0]), max(height, SIDES_PX[0])
 
 
+def side_for(px: float) -> int:
+    """The side nearest to a length that a picture can have."""
+    return min(max(round(px / MULTIPLE_PX) * MULTIPLE_PX, SIDES_PX[0]), SIDES_PX[1])
+
+
 def _rounded(width: float, height: float, scale: float) -> tuple[int, int]:
     sides = (max(MULTIPLE_PX, round(side * scale / MULTIPLE_PX) * MULTIPLE_PX) for side in (width, height))
     return next(sides), next(sides)

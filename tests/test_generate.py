@@ -253,6 +253,22 @@ def test_an_aspect_ratio_gives_a_picture_of_its_size(tmp_path: Path):
         assert image.size == size_for("9:16", 128) == (96, 160)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--width", "256"), (256, 256)),
+        (("--height", "96"), (96, 96)),
+        (("--height", "96", "--aspect-ratio", "16:9"), (160, 96)),  # 16:9 is 160 x 96 on the mini model
+        (("--width", "64", "--aspect-ratio", "9:21"), (64, 160)),
+        (("--width", "64", "--height", "128", "--aspect-ratio", "1:1"), (64, 128)),
+    ],
+)
+def test_a_side_that_is_not_given_follows_the_other(given: tuple[str, ...], expected: tuple[int, int], tmp_path: Path):
+    assert main(["generate", PROMPT, "--model", "mini", "--steps", "1", *given, "--format", "png", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "out-0.png") as image:
+        assert image.size == expected
+
+
 # Notices
 
 
@@ -303,6 +319,7 @@ def one_problem(capsys: pytest.CaptureFixture[str]) -> str:
         (["--width", "100", "--height", "64"], ["100", "multiple of 16"]),
         (["--width", "64", "--height", "8"], ["8", "from 64 to 1,536"]),
         (["--width", "0"], ["width", "from 64 to 1,536"]),
+        (["--height", "8"], ["height is 8", "from 64 to 1,536"]),
         (["--seed", str(10**400)], ["seed is too large"]),
         (["--detail-faces", "2"], ["needs --detail"]),
         (["--blocks-to-swap", "99999"], ["99999", "57"]),
