@@ -83,7 +83,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     else:
         note(f"a picture with it differs by {apart:.2f} of 255 on average from one with {'the LoRA' if len(choices) == 1 else 'those LoRAs'}")
     write_new(file, data)
-    reduction = f"; rank {rank} keeps all but {lost:.2%} of the change" if rank else ""
+    reduction = f"; rank {rank} loses {lost:.2%} of the change" if rank else ""
     click.echo(f"{len(wanted.transformer) + len(wanted.clip)} layers, read again: they differ by at most {far:.1e}{reduction}", err=True)
     click.echo(str(file))
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from infer.glimpse import Glimpse
 from infer.loras import LoraChoice
 from infer.progress import advancing
 from infer.request import Request
-from infer.writing import Numbers, Writer, Written
+from infer.writing import Numbers, Writer, Written, write_first_free
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.notes import say
 
@@ -64,9 +65,9 @@ class Drawing:
         # Hundreds of full pictures on one sheet nobody can open.
         whole = len(shown) <= FULL_SIZE_ON_SHEET
         tiles = [(one.image if whole else ImageOps.contain(one.image, (SMALL_PX, SMALL_PX)), f"seed {one.making.seed}") for one in shown]
-        sheet = self.out / "contact-sheet.png"
         making = picture.Making(first, first.seed, self.engine.family.model, self.choices, {"contact_sheet": True})
-        picture.write(sheet, picture.contact_sheet(tiles), making)
+        names = (self.out / f"contact-sheet{number}.png" for number in chain([""], (f"-{i}" for i in count(1))))
+        sheet = write_first_free(names.__next__, picture.encode(picture.contact_sheet(tiles), making, "png"))
         return {"file": str(sheet), "seed": first.seed, "contact_sheet": True}
 
     def _drawn(self, requests: Sequence[Request]) -> Generator[tuple[Request, Output], None, None]:

@@ -32,13 +32,18 @@ class Numbers:
 
     def write(self, data: bytes) -> Path:
         """Write a file under the first name that is free."""
-        while True:
-            file = self.take()
-            try:
-                write_durable(file, data, new=True)
-            except FileExistsError:
-                continue
-            return file
+        return write_first_free(self.take, data)
+
+
+def write_first_free(take: Callable[[], Path], data: bytes) -> Path:
+    """Write a file under the first name that is free, of those that `take` gives one after the other."""
+    while True:
+        file = take()
+        try:
+            write_durable(file, data, new=True)
+        except FileExistsError:
+            continue
+        return file
 
 
 @dataclass(frozen=True)

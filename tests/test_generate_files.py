@@ -98,6 +98,16 @@ def test_prompts_may_come_from_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [file.get("contact_sheet", False) for file in files] == [False, False, True]
 
 
+def test_an_earlier_contact_sheet_is_kept(tmp_path: Path):
+    sheet, command = tmp_path / "contact-sheet.png", ["generate", "a person", *FAST, "-n", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    before = sheet.read_bytes()
+    assert main(command) == main(command) == 0
+    assert sheet.read_bytes() == before and sorted(file.name for file in tmp_path.glob("contact-sheet*")) == [
+        "contact-sheet-1.png", "contact-sheet-2.png", "contact-sheet.png",
+    ]  # fmt: skip
+
+
 def test_a_panorama_to_start_from_becomes_as_large_as_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for size, expected in (((3000, 200), (1536, 96)), ((100, 400), (384, 1536)), ((4000, 20), (1536, 64)), ((600, 400), (1248, 832))):
         assert size_like(Image.new("RGB", size), "1", 1024) == expected
