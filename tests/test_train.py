@@ -291,6 +291,37 @@ def test_a_ctrl_c_during_a_preview_saves_the_steps_before_it(run: RunDir, monkey
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000003"]
 
 
+def test_what_an_interruption_kept_from_being_seen_is_made_by_the_next_session(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--validation-photos", "1", "--validation-every", "2", "--steps", "4", "--checkpoint-every", "1", "--preview-every", "2"]
+    whole, stopped = RunDir(tmp_path / "whole"), RunDir(tmp_path / "stopped")
+    assert main([*tiny_command, *options, "--out", str(whole.path)]) == 0
+    saving = fit.save_checkpoint
+
+    def save_and_stop(run: RunDir, state: fit.TrainState) -> None:
+        saving(run, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "save_checkpoint", save_and_stop)
+    assert [main([*tiny_command, *options, "--out", str(stopped.path)]) for _ in range(4)] == [130] * 4
+    monkeypatch.undo()
+    assert not (stopped.samples / "step-000004-0.png").exists()
+    assert main([*tiny_command, *options, "--out", str(stopped.path)]) == 0
+    pictures = [{file.name: file.read_bytes() for file in run.samples.iterdir()} for run in (whole, stopped)]
+    assert pictures[0] == pictures[1] and {name[:11] for name in pictures[0]} == {"step-000000", "step-000002", "step-000004"}
+    rows = [[row for row in run.history() if row.get("event") == "validation"] for run in (whole, stopped)]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 2, 4]
+    assert same_bytes(whole.lora, stopped.lora) and "modelspec.thumbnail" in resolve(str(stopped.path)).file.metadata
+
+
+def test_no_prompts_for_previews_is_no_previews(tiny_command: list[str], tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preview_prompts: []\npreview_every: 1\n")
+    assert main([*tiny_command, "--recipe", str(recipe), "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "samples").exists()
+
+
 # Damage
 
 

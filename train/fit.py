@@ -37,7 +37,7 @@ from train.objective import drawn, loss_of
 from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
 from train.planning import plans_for, plans_to_go_on
-from train.preview import preview
+from train.preview import picture_files, preview
 from train.stopping import Agreement, stop_requests
 from train.trackers import end_trackers, start_trackers
 from train.trainer import Trainer, backward
@@ -49,7 +49,7 @@ LOG_EVERY = 10
 def run(run_dir: RunDir) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     config = run_dir.config
-    if finished(run_dir):
+    if finished(run_dir) and (run_dir.lora.exists() or not any(_missing(run_dir, config.steps))):
         return
     device = compute_device()
     family = load_family(config.model)
@@ -232,9 +232,12 @@ def _loop(trainer: Trainer) -> None:
     pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
     average, alone = math.nan, trainer.accelerator.num_processes == 1
     looking = main or trainer.plan.shards > 1
-    if looking and state.step == 0:
-        preview(trainer)
-        validate(trainer)
+    if looking:  # at the first step, or where the last session ended between its checkpoint and these
+        held_out, pictures = gather_object([_missing(trainer.run, state.step)])[0] if trainer.plan.shards > 1 else _missing(trainer.run, state.step)
+        if pictures:
+            preview(trainer)
+        if held_out:
+            validate(trainer)
     bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", disable=not main, smoothing=0.05)
     with bar, stop_requests() as stopped:
         agreement = Agreement(trainer.accelerator)
@@ -256,13 +259,28 @@ def _loop(trainer: Trainer) -> None:
                     save_checkpoint(trainer.run, state)
                 if stopping:
                     raise KeyboardInterrupt
-            if looking and (last or state.step % config.validation_every == 0):
+            held_out, pictures = _due(config, state.step)
+            if looking and held_out:
                 validate(trainer)
-            if looking and config.preview_every and (last or state.step % config.preview_every == 0):
+            if looking and pictures:
                 preview(trainer)
                 if alone and stopped:  # the signal came during the preview
                     save_checkpoint(trainer.run, state)
                     raise KeyboardInterrupt
+
+
+def _due(config: TrainConfig, step: int) -> tuple[bool, bool]:
+    """Whether the loss of held-out photos, and previews, come after a step."""
+    shown = bool(config.preview_every and config.preview_prompts)
+    last = step == config.steps
+    return bool(config.validation_photos) and (last or step % config.validation_every == 0), shown and (last or step % config.preview_every == 0)
+
+
+def _missing(run_dir: RunDir, step: int) -> tuple[bool, bool]:
+    """Which of these come after a step and are not there."""
+    held_out, pictures = _due(run_dir.config, step)
+    measured = any(row.get("event") == "validation" and row["step"] == step for row in run_dir.history())
+    return held_out and not measured, pictures and not all(file.exists() for file in picture_files(run_dir, step))
 
 
 def _memory() -> dict[str, str]:
@@ -290,12 +308,11 @@ def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]],
 
 
 def validate(trainer: Trainer) -> None:
-    """Log the loss of the held-out photos, where there are any."""
-    if trainer.config.validation_photos:
-        loss = measure(trainer)
-        if trainer.accelerator.is_main_process:
-            trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
-            trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
+    """Log the loss of the held-out photos."""
+    loss = measure(trainer)
+    if trainer.accelerator.is_main_process:
+        trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
+        trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
 
 
 def final_weights(run_dir: RunDir, raw: bool = False) -> list[Tensor]:

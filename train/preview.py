@@ -1,6 +1,7 @@
 """Preview pictures of a run, by the generator's own sampling code."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from lorabooth import sampling
 from lorabooth.device import base_dtype
 from lorabooth.errors import unless_out_of_memory
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX
-from lorabooth.runs import durable_file
+from lorabooth.runs import RunDir, durable_file
 from train.encode import preview_stem
 from train.trackers import log_pictures
 from train.trainer import Trainer, averaged
@@ -23,8 +24,6 @@ PREVIEW_GUIDANCE = 3.5
 def preview(trainer: Trainer) -> None:
     """Pictures of the preview prompts with the averaged weights, by the generator's own sampling code."""
     config, family, run_dir = trainer.config, trainer.family, trainer.run
-    if not config.preview_every:
-        return
     px = min(max(config.resolutions_px), family.native_px) // BUCKET_MULTIPLE_PX * BUCKET_MULTIPLE_PX
     latents = []
     with averaged(trainer):
@@ -39,9 +38,14 @@ def preview(trainer: Trainer) -> None:
     run_dir.samples.mkdir(exist_ok=True)
     pictures = _decoded(trainer, torch.cat(latents))
     log_pictures(trainer.accelerator, trainer.state.step, {f"preview {i}": picture for i, picture in enumerate(pictures)})
-    for i, picture in enumerate(pictures):
-        with durable_file(run_dir.samples / f"step-{trainer.state.step:06d}-{i}.png") as file:
+    for picture, path in zip(pictures, picture_files(run_dir, trainer.state.step), strict=True):
+        with durable_file(path) as file:
             picture.save(file, "PNG")
+
+
+def picture_files(run_dir: RunDir, step: int) -> list[Path]:
+    """Where the pictures after a step are, one for each preview prompt."""
+    return [run_dir.samples / f"step-{step:06d}-{i}.png" for i in range(len(run_dir.config.preview_prompts))]
 
 
 def _decoded(trainer: Trainer, latents: Tensor) -> list[Image.Image]:
