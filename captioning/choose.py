@@ -8,6 +8,7 @@ from captioning.styles import prompt_of
 from captioning.template import TemplateCaptioner
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.home import expanded
 from lorabooth.imports import heavy_imports
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
@@ -45,7 +46,7 @@ def captioners(config: TrainConfig) -> list[Captioner]:
     wanted = config.caption_model
     if wanted == "template" or (wanted == "auto" and (config.model == "mini" or not _has_gpu())):
         return [template]
-    local = wanted and Path(wanted).expanduser().is_dir()
+    local = wanted and expanded(wanted).is_dir()
     if wanted != "auto" and not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted):
         raise UserError(f"unknown caption_model {wanted!r}", hint=f"give auto, template, a hub repository such as {LLAVA}, or a local folder")
     with heavy_imports():

@@ -1,22 +1,17 @@
 """Captions that a model has written, kept for other runs: the same photo, model and prompt are never paid for twice."""
 
-import os
 from hashlib import sha256
 from pathlib import Path
 
+from lorabooth.home import cache_folder
 from lorabooth.runs import write_durable
-
-
-def default_folder() -> Path:
-    """`lorabooth/captions` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorabooth" / "captions"
 
 
 class Memory:
     """What models said, one small text file each, for its owner's eyes only. It may be deleted at any time, and where it cannot be used nothing fails."""
 
     def __init__(self, folder: Path | None = None):
-        self.folder = folder or default_folder()
+        self.folder = folder or cache_folder("captions")
 
     def get(self, photo: str, captioner: str) -> str | None:
         """What a captioner (by its key) said of a photo (by its SHA-256), as it said it."""

@@ -21,6 +21,7 @@ from captioning.models import Loaded, first_line, load
 from captioning.styles import Prompt
 from lorabooth import hub
 from lorabooth.errors import UserError, out_of_memory
+from lorabooth.home import expanded
 
 FILES = (*hub.ALLOWED, "*.jinja")
 """Weights, configs, tokenizers and chat templates, which are rendered in a sandbox."""
@@ -47,7 +48,7 @@ class VisionCaptioner:
     @cached_property
     def folder(self) -> Path:
         """Where its files are; downloaded once if need be. Raises UserError."""
-        local = Path(self._model).expanduser()
+        local = expanded(self._model)
         return local if local.is_dir() else hub.download(self._model, FILES)
 
     @cached_property

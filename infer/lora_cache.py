@@ -26,11 +26,6 @@ PART_SECONDS = 7 * 24 * 3600
 """What broke off longer ago than this is not gone on with."""
 
 
-def default_folder() -> Path:
-    """`lorabooth/loras` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorabooth" / "loras"
-
-
 @dataclass(frozen=True)
 class Record:
     """What an address gave. `source` is for people: without query, so that no token or signature is kept."""

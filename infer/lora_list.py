@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from infer import lora_facts
-from infer.lora_cache import LoraCache, default_folder
+from infer.lora_cache import LoraCache
 from lorabooth.errors import UserError
+from lorabooth.home import cache_folder
 from lorabooth.lora_file import LoraFile, NoLora
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -37,7 +38,7 @@ class Listed:
 
 def listed(runs: Path) -> list[Listed]:
     """All that are found, runs first, each kind by its name."""
-    found = [*_of_runs(runs), *_of_cache(default_folder()), *_of_hub(hub_cache())]
+    found = [*_of_runs(runs), *_of_cache(cache_folder("loras")), *_of_hub(hub_cache())]
     return sorted((one for one in found if one), key=lambda one: (("run", "download", "hub").index(one.kind), one.name.lower(), one.source))
 
 

@@ -14,10 +14,11 @@ from urllib.parse import unquote, urlsplit
 from infer import formats, hub_lora
 from infer.civitai import TOKEN_VARIABLE, Civitai
 from infer.download import LIMIT_VARIABLE, Download, Downloaded, Known, too_large
-from infer.lora_cache import Kept, LoraCache, Record, default_folder, key_of
+from infer.lora_cache import Kept, LoraCache, Record, key_of
 from infer.references import CivitaiReference, HubReference, Reference, UrlReference, parse, safe, split_weight
 from lorabooth.addresses import Addresses
 from lorabooth.errors import UserError
+from lorabooth.home import cache_folder
 from lorabooth.lora_file import LoraFile
 from lorabooth.notes import note
 from lorabooth.web import Web, WebError
@@ -72,7 +73,7 @@ class LoraStore:
         self, folder: Path | None = None, *, limit_bytes: int = LIMIT_BYTES, cache_bytes: int = CACHE_BYTES, addresses: Addresses | None = None,
         civitai: str = "", civitai_token: str = "", notice: Callable[[str], None] = note, show: bool = True, pause_seconds: float = 1.0,
     ) -> None:  # fmt: skip
-        self.cache = LoraCache(folder or default_folder(), cache_bytes)
+        self.cache = LoraCache(folder or cache_folder("loras"), cache_bytes)
         self.web = Web(addresses or Addresses(), pause_seconds)
         self.civitai = Civitai(self.web, civitai_token, civitai)
         self.limit_bytes, self.notice, self.show = limit_bytes, notice, show

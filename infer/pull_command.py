@@ -12,6 +12,7 @@ from infer import lora_facts
 from infer.loras import PLAIN_NAMES, plain, unweighted
 from lorabooth.adapter_config import described_beside
 from lorabooth.errors import UserError
+from lorabooth.home import expanded
 from lorabooth.keys import ADAPTER_CONFIG
 from lorabooth.lora_file import LoraFile
 from lorabooth.notes import note
@@ -78,7 +79,7 @@ def _already(file: LoraFile, target: Path) -> str:
 
 def _place(out: str | None) -> tuple[Path, str]:
     """The folder of the new file, and its name where that is given."""
-    path = Path(out or ".").expanduser()
+    path = expanded(out or ".")
     if out is None or path.is_dir() or out.endswith("/"):
         return path, ""
     if path.suffix != ".safetensors":

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
 from lorabooth import web
 from lorabooth.errors import UserError
+from lorabooth.home import expanded
 
 WEIGHTS = (-2.0, 3.0)
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -73,7 +74,7 @@ def parse(name: str) -> Reference:
     """What a reference without its weight names; a UserError where it can be nothing."""
     if "://" in name:
         return _parse_url(name)
-    path = Path(name).expanduser() if not name.startswith("~") or name.startswith("~/") else Path(name)
+    path = expanded(name) if not name.startswith("~") or name.startswith("~/") else Path(name)
     if _exists(path):
         return path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?", name, re.ASCII)

@@ -12,6 +12,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from lorabooth.attention import in_use
 from lorabooth.errors import out_of_memory
+from lorabooth.home import cache_folder
 from lorabooth.notes import note
 from lorabooth.quantized import QuantizedLinear
 
@@ -63,7 +64,7 @@ def _choose_cache() -> None:
 
     The attention kernel is in the code, and torch finds the code again whichever is chosen by then, so each has a folder of its own.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabooth" / "compiled"
+    folder = cache_folder("compiled")
     given = os.environ.get(CACHE)
     if not given or given == default_cache_dir() or Path(given).parent == folder:  # importing torch's compiler names its default
         os.environ[CACHE] = str(folder / in_use())

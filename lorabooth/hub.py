@@ -13,6 +13,7 @@ from typing import Any
 from lorabooth import mini
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.home import expanded
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ACCOUNTS = ("wandb_project", "wandb_run", "wandb_entity")
@@ -27,7 +28,7 @@ def model_folder(model: str) -> Path | None:
         if not (mini.FOLDER / "model_index.json").exists():
             raise UserError("the mini model's files are missing from this installation", hint="make them with: python -m scripts.mini")
         return mini.FOLDER
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if model and folder.is_dir():
         if not (folder / "model_index.json").exists():
             raise UserError(f"{model} is a folder but not a diffusers pipeline: it has no model_index.json")
@@ -39,8 +40,8 @@ def model_folder(model: str) -> Path | None:
 
 def display_name(model: str) -> str:
     """What files say of their base: a hub name as it is, of a local folder only the last part, so that no path travels."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser().resolve().name
+    if (folder := expanded(model)).is_dir():
+        return folder.resolve().name
     return model if HUB_NAME.fullmatch(model) and model[0] not in ".~" else Path(model).name  # a folder on a disk that is not there now
 
 

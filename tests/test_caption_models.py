@@ -18,7 +18,6 @@ from PIL import Image
 
 from captioning import choose, models, vision
 from captioning.caption import run
-from captioning.memory import default_folder
 from captioning.models import FAMILIES, fitting_precision
 from captioning.styles import prompt_of
 from captioning.vision import VisionCaptioner
@@ -26,6 +25,7 @@ from lorabooth.captions import has_trigger
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
+from lorabooth.home import cache_folder
 from lorabooth.photos import ingest
 from lorabooth.runs import RunDir
 from tests import tiny_captioners
@@ -132,12 +132,12 @@ def test_a_new_run_captions_only_the_photos_that_are_new(written: Path, tmp_path
     model = Path(shutil.copytree(written / "llava", tmp_path / "llava"))
     first = make_run(tmp_path / "first", write_photos(tmp_path / "few", range(3)), model)
     run(first)
-    kept = {file: file.stat().st_mtime_ns for file in default_folder().rglob("*.txt")}
-    assert len(kept) == 3 and default_folder().stat().st_mode & 0o077 == 0
+    kept = {file: file.stat().st_mtime_ns for file in cache_folder("captions").rglob("*.txt")}
+    assert len(kept) == 3 and cache_folder("captions").stat().st_mode & 0o077 == 0
     second = make_run(tmp_path / "second", write_photos(tmp_path / "more", range(4)), model, trigger_word="ohwx")
     run(second)
     assert [text.replace("ohwx", "TOK") for text in captions(second)[:3]] == captions(first)
-    assert len(list(default_folder().rglob("*.txt"))) == 4 and all(file.stat().st_mtime_ns == at for file, at in kept.items())
+    assert len(list(cache_folder("captions").rglob("*.txt"))) == 4 and all(file.stat().st_mtime_ns == at for file, at in kept.items())
     # Weights that are damaged and look as before: nothing is captioned anew, so they are not read.
     weights = model / "model.safetensors"
     state = weights.stat()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from lorabooth import cli
 from lorabooth.errors import UserError
@@ -218,6 +219,15 @@ def test_an_output_that_was_closed_before_the_start_is_no_traceback(command: lis
     arguments = shlex.join([sys.executable, "-m", "lorabooth", *command])
     done = subprocess.run(["sh", "-c", f"{arguments} >&-"], stderr=subprocess.PIPE, text=True, timeout=120, env=os.environ | {"HF_HOME": str(tmp_path)})
     assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+
+
+def test_a_closed_standard_error_and_a_name_that_is_no_text_cost_no_picture(tmp_path: Path):
+    """What is opened next would have the closed one's number, so that the decoder's answers went where its noise goes."""
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    picture = ["generate", "a person", "--model", "mini", "--steps", "2", "--width", "64", "--image", str(tmp_path / "start.png"), "--out", str(tmp_path)]
+    arguments = shlex.join([sys.executable, "-m", "lorabooth", *picture]) + "/out$(printf '\\377')"
+    done = subprocess.run(["sh", "-c", f"{arguments} 2>&-"], stdout=subprocess.PIPE, timeout=120, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and done.stdout.strip() == bytes(tmp_path) + b"/out\xff/out-0.webp" and Path(os.fsdecode(done.stdout.strip())).exists()
 
 
 def test_a_file_that_may_not_grow_is_one_sentence(capsys):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorabooth import consent, hub
 from lorabooth.config import TrainConfig
+from lorabooth.home import expanded
 from lorabooth.pages import page, thumbnail
 from lorabooth.photos import Manifest
 from lorabooth.runs import RunDir, write_durable
@@ -46,7 +47,7 @@ def write(run: RunDir) -> Path:
 
 def generate_command(run: RunDir) -> str:
     """What to type next. A base in a local folder must be named: the LoRA does not carry its path."""
-    model = f" --model {shlex.quote(run.config.model)}" if Path(run.config.model).expanduser().is_dir() else ""
+    model = f" --model {shlex.quote(run.config.model)}" if expanded(run.config.model).is_dir() else ""
     prompt = f"a portrait of {run.config.trigger_word}"
     quoted = f'"{prompt}"' if re.fullmatch(r"[\w ,.-]+", prompt) else shlex.quote(prompt)  # as most people write it, where that says the same
     return f"lorabooth generate {quoted} --lora {shlex.quote(str(run.path))}{model}"
