@@ -123,6 +123,8 @@ def rules(config: TrainConfig) -> Callable[[str], str]:
     def enforced(text: str) -> str:
         return enforce(text, config.trigger_word, config.autocaption_prefix, config.autocaption_suffix, fits)
 
+    if not fits(config.trigger_word):
+        raise UserError(f"the trigger word is too long: the text encoder sees {fits.tokens} tokens", hint="take a short one, such as TOK")
     if not fits(enforced("")):
         raise UserError(
             f"autocaption_prefix and autocaption_suffix leave no room for a caption: the text encoder sees {fits.tokens} tokens",

@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infer import picture
 from infer.grid import Grid
-from lorabooth.pages import page
-from lorabooth.runs import write_durable
+from lorabooth.pages import page, write_page
 
 CELL_PX = 256
 SIDE_PX = 16_000
@@ -112,5 +111,5 @@ def write_html(grid: Grid, title: str) -> Path:
         rows[cell.row][1].append({"link": link, "data": base64.b64encode(data.getvalue()).decode(), "column": grid.columns[cell.column].label})
     file = grid.folder / "index.html"
     text = page("infer", "grid.html", title=title, columns=[column.label for column in grid.columns], rows=rows)
-    write_durable(file, text.encode())
+    write_page(file, text)
     return file

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,7 +44,15 @@ def named(run: RunDir, weights: list[Tensor]) -> dict[str, Tensor]:
     """The weights of a checkpoint, in the order they were attached in, by their file keys; as a LoRA of the untouched base."""
     config = run.config
     state = _by_key(run, weights)
-    return since(load_file(run.lora_start), state) if config.lora_init == "pissa" else state
+    return since(start_of(run), state) if config.lora_init == "pissa" else state
+
+
+def start_of(run: RunDir) -> dict[str, Tensor]:
+    """What a LoRA that began with the base's own directions began with. A UserError where it is damaged."""
+    try:
+        return load_file(run.lora_start)
+    except SafetensorError:
+        raise UserError(f"{run.lora_start} is damaged", hint="delete that file, then run the same command again") from None
 
 
 def file_dtype(config: TrainConfig) -> torch.dtype:

@@ -122,7 +122,11 @@ class TrainConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
+    def _plain(cls, value: Any, field: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(field.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):  # YAML's yes, on and true
+            raise ValueError("must be a number")
         for text in value if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and not is_utf8(text):
                 raise ValueError("must be text in UTF-8")

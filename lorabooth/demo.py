@@ -100,12 +100,12 @@ def _samples(run: Path, prefix: str) -> list[Image.Image]:
 
 
 def _write(out: Path, rows: list[Row], captions: list[str], scores: dict[str, dict[str, float]], note: str) -> None:
-    from lorabooth.runs import write_durable
+    from lorabooth.pages import write_page
 
     photos = [scene.image() for scene in people.photos(NAME, TRIGGER)]
     sheet = _sheet([Row("photos", photos[:SCENES]), *rows])
     sheet.save(out / "demo.png")
-    write_durable(out / "index.html", _page(photos, rows, captions, scores, note).encode())
+    write_page(out / "index.html", _page(photos, rows, captions, scores, note))
 
 
 def _sheet(rows: list[Row]) -> Image.Image:

@@ -74,6 +74,13 @@ class LoraSpec:
             raise UserError(f"{option}: {self.targets!r} matches no layer", hint=f"{known}match names such as: {shapes}")
         return names
 
+    def check(self, transformer: torch.nn.Module) -> None:
+        """Refuse what could not be put on a transformer, which may be on the meta device."""
+        narrower = {name: min(cast(torch.nn.Linear, transformer.get_submodule(name)).weight.shape) for name in self.module_names(transformer)}
+        name = min(narrower, key=narrower.__getitem__)
+        if self.init == "pissa" and self.rank > narrower[name]:
+            raise UserError(f"lora_rank is {self.rank}; with lora_init pissa it is at most {narrower[name]}, for {name} has no more directions")
+
     def attach(self, transformer: torch.nn.Module, seed: int, start: dict[str, Tensor] | None = None) -> list[Tensor]:
         """Put a fresh LoRA (fp32; the transformer's output does not change) on the frozen transformer; its parameters, in a fixed order.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lorabooth.notes import note
+from lorabooth.runs import write_durable
 
 
 def page(package: str, template: str, **values: Any) -> str:
@@ -18,12 +19,18 @@ def page(package: str, template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def write_page(file: Path, text: str) -> None:
+    """Write a page durably; parts of file names that are no text become question marks."""
+    write_durable(file, text.encode(errors="replace"))
+
+
 def thumbnail(file: Path, px: int, form: str = "WEBP") -> str:
     """A picture as a data URI of that format, the longer side at most `px` long; "" and a note where it is damaged."""
     try:
         with Image.open(file) as image:
             image.draft("RGB", (px, px))
-            small = ImageOps.contain(image.convert("RGB"), (px, px)) if max(image.size) > px else image.convert("RGB")
+            small = image.convert("RGB")
+        small.thumbnail((px, px))  # of what is very long, one px of the shorter side stays
     except (OSError, SyntaxError) as error:  # the second for a PNG whose parts are broken
         note(f"{file} cannot be shown: {error}")
         return ""

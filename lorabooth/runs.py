@@ -135,9 +135,9 @@ class RunDir:
         then the new one replaces it."""
         run = cls(path)
         if (path / "config.json").exists():
-            old, made = run.config, (run.captions, run.cache, run.checkpoints)
+            old = run.config
             changed = _changes(old, config)
-            if old != config and not (changed and any(folder.exists() for folder in made)):
+            if old != config and not (changed and run.begun):
                 with run.locked():
                     if changed:
                         (path / "check.json").unlink(missing_ok=True)  # the photos are looked at for the new recipe
@@ -152,6 +152,11 @@ class RunDir:
             raise UserError(f"{path} exists and is not a lorabooth run", hint="choose another folder with --out FOLDER")
         run._write_config(config)
         return run
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was made of its photos."""
+        return any(part.exists() for part in (self.captions, self.cache, self.checkpoints))
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":

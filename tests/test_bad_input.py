@@ -1,5 +1,6 @@
 """Bad input to `lorabooth train`, by the real command line: one sentence, exit code 2, nothing broken, and a good command goes on."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lorabooth.cli import main
 from lorabooth.families.flux1 import tiny
@@ -168,6 +170,79 @@ def test_a_run_of_other_photos_or_another_recipe_is_refused_and_kept(
     # The run's own copies are not the photos it was started from.
     assert "was started from" in refused(str(run / "photos"), *tiny_command[2:], "--out", str(run))
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("gone", [("manifest.jsonl",), ("source.json",), ("manifest.jsonl", "source.json")], ids=" and ".join)
+def test_a_deleted_record_does_not_let_other_photos_in(
+    gone: tuple[str, ...], demo_photos: Path, tiny_command: list[str], tiny_run: Path, tmp_path: Path, refused: Refused
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    photos = tmp_path / demo_photos.name
+    write_zip(photos, a_png=demo_picture(7), b_png=demo_picture(8), c_png=demo_picture(9))
+    (run / "source.json").write_text((run / "source.json").read_text().replace(str(demo_photos.parent), str(tmp_path)))
+    for name in gone:
+        (run / name).unlink()
+    assert "has changed since the run" in refused(str(photos), *tiny_command[2:], "--out", str(run))
+    shutil.copyfile(demo_photos, photos)
+    if len(gone) == 1:
+        goes_on(str(photos), *tiny_command[2:], "--out", str(run))
+
+
+def test_an_archive_of_another_name_is_the_same_photos(demo_photos: Path, tmp_path: Path, refused: Refused):
+    command = [*ONE_STEP, "--out", str(tmp_path / "run")]
+    goes_on(str(demo_photos), *command)
+    for name in ("renamed.zip", "again.zip"):
+        renamed = Path(shutil.copyfile(demo_photos, tmp_path / name))
+        goes_on(str(renamed), *command)
+    write_zip(renamed, a_png=demo_picture())
+    assert "has changed since the run" in refused(str(renamed), *command)
+
+
+def test_names_that_are_no_text_and_photos_like_threads_are_trained_on(tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / os.fsdecode(b"f\xe9te.png")).write_bytes(demo_picture())
+    Image.new("RGB", (2048, 3), "teal").save(photos / "thread.png")
+    goes_on(str(photos), *ONE_STEP, "--out", str(tmp_path / os.fsdecode(b"r\xfcn")))
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_not_read(tmp_path: Path, refused: Refused):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        assert f"{place} is neither a file nor a folder" in refused(str(place), *ONE_STEP, "--out", str(tmp_path / "run"))
+
+
+def test_a_rank_that_pissa_cannot_have_is_refused_before_the_run_is_bound(demo_photos: Path, tmp_path: Path, refused: Refused):
+    out = ("--lora-init", "pissa", "--out", str(tmp_path / "run"))
+    said = refused(str(demo_photos), *ONE_STEP, "--targets", "all-linear", "--lora-rank", "225", *out)
+    assert "lora_rank is 225; with lora_init pissa it is at most 224" in said and not (tmp_path / "run").exists()
+    goes_on(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
+    # Where the LoRA began is gone with it, and made again.
+    (start,) = (tmp_path / "run").glob("lora-start*")
+    before = start.read_bytes()
+    start.write_bytes(before[:100])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert f"{start} is damaged\n  delete that file" in refused(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
+    start.unlink()
+    goes_on(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
+    assert start.read_bytes() == before
+
+
+def test_photos_that_were_deleted_from_a_run_are_named_with_what_brings_them_back(demo_photos: Path, tmp_path: Path, refused: Refused):
+    run, command = tmp_path / "run", [str(demo_photos), *ONE_STEP, "--out", str(tmp_path / "run")]
+    goes_on(*command)
+    for name in ("photos", "cache", "checkpoints"):
+        shutil.rmtree(run / name)
+    assert "is gone\n  delete" in refused(*command)
+    (run / "manifest.jsonl").unlink()
+    goes_on(*command)
+
+
+def test_a_trigger_word_longer_than_the_encoder_sees_is_named(tmp_path: Path, refused: Refused):
+    file = write_zip(tmp_path / "photos.zip", a_png=demo_picture())
+    assert "the trigger word is too long: the text encoder sees 48 tokens" in refused(
+        str(file), *ONE_STEP, "--trigger", "ab " * 33, "--out", str(tmp_path / "run")
+    )
 
 
 def test_a_recipe_that_nothing_was_made_with_does_not_bind_the_run(demo_photos: Path, tmp_path: Path, refused: Refused):

@@ -158,6 +158,12 @@ def test_shipped_recipes_are_complete_but_for_the_trigger(recipe: Path):
     assert load_config(recipe, {"trigger_word": "TOK"}).trigger_word == "TOK"
 
 
+@pytest.mark.parametrize("line", ["steps: yes", "learning_rate: on", "lora_alpha: true", "seed: off"])
+def test_yes_and_no_are_no_numbers(tmp_path: Path, line: str):
+    assert "must be a number" in refusal(yaml_file(tmp_path, line + "\n"))
+    assert load_config(yaml_file(tmp_path, "horizontal_flip: yes\n"), {"trigger_word": "TOK"}).horizontal_flip
+
+
 def test_there_are_shipped_recipes():
     assert {path.name for path in RECIPES} >= {"mini.yaml", "person.yaml"}
 

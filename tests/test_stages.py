@@ -19,6 +19,7 @@ from lorabooth.families.flux1 import tiny
 from lorabooth.lora_file import LoraFile
 from lorabooth.runs import RunDir
 from tests.test_processes import terminated
+from train.command import default_folder
 
 # A resolution that is no multiple of 16, and whose preview is 96 px.
 SETTINGS = ("--trigger", "TOK", "--batch-size", "1", "--lora-rank", "1", "--resolution", "104")
@@ -84,6 +85,10 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
     assert json.loads((checkpoint / "state.json").read_text())["step"] >= 10
     with run.locked():
         pass  # nobody holds it: the stage has ended, too
+
+
+def test_the_folder_of_a_run_has_a_name_whatever_the_trigger_word_is():
+    assert default_folder(Path("photos.zip"), "TOK") == Path("runs/TOK-photos") and default_folder(Path("+++"), "!!!") == Path("runs/run")
 
 
 def test_photos_that_changed_since_are_refused_and_a_touched_file_is_not(demo_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

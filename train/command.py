@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -147,7 +148,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
         _check_push(config.hf_repo_id)
     sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
     for taken_into, source in sources.items():
-        _check_source(source, taken_into)
+        _check_source(source, taken_into, folder)
     if not (folder / "manifest.jsonl").exists():
         stages.load("train.export", "check_model")(config)
     agreed = consent.obtain(config, RunDir(folder), consented)
@@ -155,7 +156,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     with run_dir.locked():
         consent.record(run_dir, agreed)
         for taken_into, source in reversed(sources.items()):  # the run's own manifest last: it says that all is there
-            _take_in(source, RunDir(taken_into), run_dir.path)
+            _take_in(source, RunDir(taken_into), run_dir)
         Manifest.load(run_dir.path).check_held_out(config.validation_photos)
         check_new_run(run_dir)
     for stage in stages.STAGES:
@@ -163,36 +164,53 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     return run_dir
 
 
-def _take_in(photos: Path, taken_into: RunDir, run_folder: Path) -> None:
+def _take_in(photos: Path, taken_into: RunDir, run: RunDir) -> None:
     """Ingest photos once, and remember where they came from."""
-    folder = taken_into.path
+    folder, record = taken_into.path, taken_into.read_json("source.json")
     if (folder / "manifest.jsonl").exists():
-        _check_unchanged(photos, taken_into, run_folder)
+        _check_unchanged(photos, taken_into, run)
         return
+    if run.begun and (record is None or _digest(photos, run.path, record) != record.get("sha256")):  # somebody has deleted the manifest
+        raise _changed(photos, run)
     folder.mkdir(exist_ok=True)
-    record = {"photos": str(photos.resolve()), "state": _state(photos, run_folder), "sha256": _digest(photos, run_folder)}
-    taken_into.write_json("source.json", record)  # first: a kill between the two must not lose where the photos came from
+    taken_into.write_json("source.json", _source(photos, run.path))  # first: a kill between the two must not lose where the photos came from
     _say(ingest(photos, folder, lambda entries: tqdm(entries, desc="read photos", unit="file")).notes)
 
 
-def _check_source(photos: Path, folder: Path) -> None:
-    """Refuse a run folder that was started from other photos."""
+def _check_source(photos: Path, folder: Path, run_folder: Path) -> None:
+    """Refuse a run folder that was started from other photos; an archive of another name is no other, nor is a folder."""
     if not photos.exists():
         raise UserError(f"no such file or folder: {photos}", hint="give a zip or a folder of photos")
+    if not photos.is_file() and not photos.is_dir():  # a pipe, say, which could be read once, or a device, which could be read for ever
+        raise UserError(f"{photos} is neither a file nor a folder", hint="give a zip or a folder of photos")
     record = RunDir(folder).read_json("source.json")
-    if record and (folder / "manifest.jsonl").exists() and record["photos"] != str(photos.resolve()):
+    if not record or not (folder / "manifest.jsonl").exists() or record["photos"] == str(photos.resolve()):
+        return
+    if record.get("sha256") != _digest(photos, run_folder, record):
         raise UserError(f"the run {folder} was started from {record['photos']}, not from {photos}", hint="choose another folder with --out FOLDER")
 
 
-def _check_unchanged(photos: Path, run_dir: RunDir, run_folder: Path) -> None:
+def _check_unchanged(photos: Path, taken_into: RunDir, run: RunDir) -> None:
     """Refuse to go on where the photos are not those that the run took in."""
-    record = run_dir.read_json("source.json") or {}
-    if record.get("state") == _state(photos, run_folder):  # by their times, for they may be gigabytes
-        return
-    digest = _digest(photos, run_folder)
-    if record.get("sha256", digest) != digest:
-        raise UserError(f"{photos} has changed since the run {run_dir.path} took it in", hint="put the old photos back, or start a new run with --out FOLDER")
-    run_dir.write_json("source.json", {"photos": str(photos.resolve()), "state": _state(photos, run_folder), "sha256": digest})
+    record = taken_into.read_json("source.json")
+    if record is None:  # somebody has deleted it
+        with tempfile.TemporaryDirectory() as folder:
+            same = ingest(photos, Path(folder)).photos == Manifest.load(taken_into.path).photos
+    else:  # by their times first, for they may be gigabytes
+        same = record.get("state") == _state(photos, run.path) or record.get("sha256") in (None, _digest(photos, run.path, record))
+    if not same:
+        raise _changed(photos, run)
+    if record is None or [record["photos"], record.get("state")] != [str(photos.resolve()), _state(photos, run.path)]:
+        taken_into.write_json("source.json", _source(photos, run.path))
+
+
+def _changed(photos: Path, run: RunDir) -> UserError:
+    return UserError(f"{photos} has changed since the run {run.path} took it in", hint="put the old photos back, or start a new run with --out FOLDER")
+
+
+def _source(photos: Path, folder: Path) -> dict[str, Any]:
+    """What a run remembers of where its photos came from."""
+    return {"photos": str(photos.resolve()), "state": _state(photos, folder), "sha256": _digest(photos, folder)}
 
 
 def _state(photos: Path, folder: Path) -> list[list[Any]]:
@@ -200,10 +218,11 @@ def _state(photos: Path, folder: Path) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(photos, folder)]
 
 
-def _digest(photos: Path, folder: Path) -> str:
-    """SHA-256 over the names and bytes of the files."""
-    lines = [f"{sha256_file(file)} {file.name}" for file in _files(photos, folder)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _digest(photos: Path, folder: Path, record: dict[str, Any] | None = None) -> str:
+    """SHA-256 over the names and bytes of the files. record: the source that is compared with, whose name an archive takes: its own does not count."""
+    name = Path(record["photos"]).name if record and photos.is_file() else ""
+    lines = [f"{sha256_file(file)} {name or file.name}" for file in _files(photos, folder)]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _files(photos: Path, folder: Path) -> list[Path]:
@@ -215,7 +234,7 @@ def _files(photos: Path, folder: Path) -> list[Path]:
 
 def default_folder(photos: Path, trigger_word: str) -> Path:
     """runs/TRIGGER-PHOTOS, so that the same command finds its run again."""
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}")[:60].strip("-.")
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", f"{trigger_word}-{photos.resolve().stem}")[:60].strip("-.") or "run")
 
 
 def _say_licence(model: str) -> None:

@@ -129,6 +129,8 @@ def enlarged(manifest: Manifest, config: TrainConfig) -> list[str]:
 
 
 def _whole(file: Path, sha256: str) -> Path:
+    if not file.exists():
+        raise UserError(f"{file} is gone", hint=f"delete {file.parent.parent / 'manifest.jsonl'} too, and run the same command again: the photos are read anew")
     if sha256_file(file) != sha256:
         raise UserError(f"{file} has changed since it was taken in", hint="start a new run with --out FOLDER")
     return file

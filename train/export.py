@@ -46,7 +46,7 @@ def check_model(config: TrainConfig) -> None:
     """Refuse a model or layers that training would refuse in its last stage, before a run is bound to them; needs no weights."""
     family = load_family(config.model)
     check_gpu(family.native_px, config.model)
-    LoraSpec.of(config).module_names(family.empty_transformer())
+    LoraSpec.of(config).check(family.empty_transformer())
     check_trackers(config)
     if torch.cuda.is_available():
         # In a process of its own: one that asks the GPU keeps half a gigabyte of it to its end, and this one lives as long as the run.

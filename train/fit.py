@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lorabooth import __version__
 from lorabooth.attention import choose_kernel
+from lorabooth.checkpoints import start_of
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError, out_of_memory
@@ -166,7 +167,7 @@ def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -
     if config.lora_init != "pissa":
         return spec.attach(transformer, config.seed)
     if run_dir.lora_start.exists():
-        return spec.attach(transformer, config.seed, load_file(run_dir.lora_start))
+        return spec.attach(transformer, config.seed, start_of(run_dir))
     parameters = spec.attach(transformer, config.seed)
     write_durable(run_dir.lora_start, save({name: t.float().contiguous().cpu() for name, t in tensors(transformer).items()}))
     return parameters

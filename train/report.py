@@ -8,9 +8,9 @@ from typing import Any
 from lorabooth import consent, hub
 from lorabooth.config import TrainConfig
 from lorabooth.home import expanded
-from lorabooth.pages import page, thumbnail
+from lorabooth.pages import page, thumbnail, write_page
 from lorabooth.photos import Manifest
-from lorabooth.runs import RunDir, write_durable
+from lorabooth.runs import RunDir
 from lorabooth.stages import seconds_of
 
 COLUMNS, PHOTOS = 10, 60
@@ -41,7 +41,7 @@ def write(run: RunDir) -> Path:
         "recipe": [(name, _shown(value), value != defaults[name]) for name, value in config.recipe().items()],
     }
     file = run.path / "report.html"
-    write_durable(file, page("train", "report.html", **values).encode())
+    write_page(file, page("train", "report.html", **values))
     return file
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from lorabooth.check import faces
 from lorabooth.check.report import Report, line
 from lorabooth.errors import UserError
-from lorabooth.pages import page
-from lorabooth.runs import write_durable
+from lorabooth.pages import page, write_page
 
 
 def check_place(file: Path) -> None:
@@ -19,7 +18,7 @@ def check_place(file: Path) -> None:
 
 def write_sheet(report: Report, file: Path, title: str) -> None:
     """Write the page. Names and captions come from strangers: the template escapes all of them."""
-    write_durable(file, render(report, title).encode())
+    write_page(file, render(report, title))
 
 
 def render(report: Report, title: str) -> str:
