@@ -6,6 +6,7 @@ import torch
 
 from infer.live import Weighted
 from infer.loras import LoraChoice
+from lorabooth.adapter_config import identity
 from lorabooth.entry import printable
 from lorabooth.families.flux1 import Flux1
 from lorabooth.layout import ClipLayout, Layout, sizes_of
@@ -28,21 +29,21 @@ class Adapters:
         wanted = [choice for choice in loras if choice.weight]
         read = [self._additions(choice) for choice in wanted]
         pairs = list(zip(wanted, read, strict=True))
-        transformer = tuple(Weighted(choice.file.sha256, choice.weight, found.transformer) for choice, found in pairs)
-        return transformer, tuple(Weighted(choice.file.sha256, choice.weight, found.clip) for choice, found in pairs if found.clip)
+        transformer = tuple(Weighted(identity(choice.file), choice.weight, found.transformer) for choice, found in pairs)
+        return transformer, tuple(Weighted(identity(choice.file), choice.weight, found.clip) for choice, found in pairs if found.clip)
 
     def _additions(self, choice: LoraChoice) -> Additions:
-        sha256 = choice.file.sha256
-        if sha256 not in self._read:
+        key = identity(choice.file)
+        if key not in self._read:
             found = additions(choice.file, self.layout, self.clip, self.family.model)
             if found.left_out:
                 names = ", ".join(map(printable, found.left_out[:NAMED])) + f" and {len(found.left_out) - NAMED} more" * (len(found.left_out) > NAMED)
                 note(f"{choice.file.path.name}: left out, for {self.family.model} has no place for them: {names}")
-            self._read[sha256] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
-        self._read.move_to_end(sha256)
+            self._read[key] = Additions(self._ready(found.transformer), self._ready(found.clip), found.left_out)
+        self._read.move_to_end(key)
         while len(self._read) > 1 and sum(map(_bytes, self._read.values())) > self.limit_bytes:
             self._read.popitem(last=False)
-        return self._read[sha256]
+        return self._read[key]
 
     def _ready(self, part: dict[str, LowRank]) -> dict[str, LowRank]:
         return {name: LowRank(one.down.to(self.device, self.dtype), one.up.to(self.device, self.dtype), one.magnitude) for name, one in part.items()}

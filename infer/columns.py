@@ -59,7 +59,7 @@ def weights_of(text: str) -> list[float]:
     for part in (part.strip() for part in text.split(",")):
         if match := RANGE.fullmatch(part):
             start, stop, step = map(float, match.groups())
-            if not step or stop < start or (stop - start) / step > COLUMNS_LIMIT:
+            if not step or not 0 <= (stop - start) / step <= COLUMNS_LIMIT:
                 raise UserError(f"the weights {part} are no range of at most {COLUMNS_LIMIT} steps upwards", hint="write from..to+step, such as 0..1.2+0.2")
             found += [start + i * step for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
         elif re.fullmatch(NUMBER, part):

@@ -64,7 +64,7 @@ def generate(
     Example, far away and still recognisable:
       lorabooth generate "TOK cycling in the mountains, wide shot" --lora runs/TOK-photos --best-of 8 --detail face
     """
-    choices = tuple(lora_store.resolve(reference) for reference in references)
+    choices = lora_store.resolve_all(references)
     base = model or base_of(choices)
     if plan_of:
         plan_of(base)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from safetensors.torch import save
 
 from infer.loras import LoraChoice, resolve
@@ -58,10 +59,13 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     if rank:
         wanted, lost = reduced(wanted, rank)
     precision = DTYPES[dtype or STORED.get(Counter(first.dtypes.values()).most_common(1)[0][0], "fp32")]
+    shown = str(precision).removeprefix("torch.")
     file = out or Path(f"{'-'.join(_plain(choice.file.name) for choice in choices)}-{form}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} must end in .safetensors")
     tensors = written(wanted, layout, form, precision)
+    if not all(torch.isfinite(t.float()).all() for t in tensors.values()):
+        raise UserError(f"the LoRA holds numbers that are too large for {shown}", hint="use --dtype fp32")
     data = sorted_header(save(tensors, metadata=_metadata(choices, wanted)))
     if not tensors:
         raise UserError("nothing is left to write: no layer of these files changes anything")
@@ -72,7 +76,7 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
         far = difference(wanted, additions(LoraFile.read(again), layout, clip, model))
         if far > TOLERANCE[precision]:
             raise UserError(
-                f"the new file would not be the same LoRA: a layer differs by {far:.1%} (numbers too large or too small for {precision})",
+                f"the new file would not be the same LoRA: a layer differs by {far:.1%} (numbers too large or too small for {shown})",
                 hint="use --dtype fp32",
             )
         apart = picture_difference(choices, again, model)

@@ -22,7 +22,7 @@ from infer.progress import advancing
 from infer.request import Request
 from infer.writing import Numbers, Writer, Written, write_first_free
 from lorabooth.families.flux1 import VAE_SCALE
-from lorabooth.notes import say
+from lorabooth.notes import note, say
 
 FULL_SIZE_ON_SHEET = 16
 SMALL_PX = 320
@@ -72,7 +72,7 @@ class Drawing:
 
     def _drawn(self, requests: Sequence[Request]) -> Generator[tuple[Request, Output], None, None]:
         """The pictures of all requests, with a progress bar over their steps."""
-        live = Live(self.engine, self.out / "live.png") if self.live else None
+        live = Live(self.engine, _free(self.out / "live.png")) if self.live else None
         total = sum(request.num_outputs * steps_of(request) for request in requests)
         with live or nullcontext(), tqdm(total=total, desc="generate", unit="step") as bar:
             for request in requests:
@@ -87,6 +87,15 @@ def _row(one: Written, computed: dict[str, Any]) -> dict[str, Any]:
         return {"file": str(one.file), "seed": seed, **{key: value for key, value in one.making.more.items() if key not in computed}}
     say(notice(seed, one.score))
     return {"file": None, "seed": seed, "filtered": True, "score": round(one.score, 3)}
+
+
+def _free(file: Path) -> Path:
+    """The file's name, or one like it that is free."""
+    if not file.exists():
+        return file
+    other = next(name for i in count(1) if not (name := file.with_stem(f"{file.stem}-{i}")).exists())
+    note(f"{file} is there already; the picture that is coming is shown in {other}")
+    return other
 
 
 class Live:

@@ -22,7 +22,9 @@ from infer.plan import STEPS, Needs, ServingPlan, choose, estimate
 from infer.progress import Progress
 from infer.request import Request, Source
 from infer.settings import DEFAULT, Settings
+from infer.stacked import PLACES
 from lorabooth import sampling
+from lorabooth.adapter_config import identity
 from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device, free_gpu_bytes
 from lorabooth.errors import UserError, unless_out_of_memory
 from lorabooth.families import load_family
@@ -92,8 +94,7 @@ class Engine:
         made: dict[int, Output] = {}
         done, total = 0, sum(steps_of(piece.request) for piece in pieces)
         for group in groups.values():
-            for start in range(0, len(group), self.settings.batch):
-                part = group[start : start + self.settings.batch]
+            for part in self._batches(pieces, group):
                 batch = [pieces[i] for i in part]
                 made |= zip(part, self.make(batch, _reporter(progress, None, len(batch), done, total)), strict=True)
                 done += sum(steps_of(piece.request) for piece in batch)
@@ -179,9 +180,20 @@ class Engine:
     def _kind(self, piece: Piece) -> object:
         """What pictures of one batch have in common."""
         request, source = piece.request, piece.request.source
-        loras = () if self.base.mixes else tuple((choice.file.sha256, choice.weight) for choice in piece.loras)
+        loras = () if self.base.mixes else _set_of(piece)
         strength = source and (source.prompt_strength, source.mask is None)
         return request.width_px, request.height_px, request.num_inference_steps, request.true_cfg_scale, strength, loras
+
+    def _batches(self, pieces: list[Piece], group: list[int]) -> Iterator[list[int]]:
+        """The pieces of a group in batches, which have room for so many pictures, and for so many different sets of LoRAs."""
+        part: list[int] = []
+        for i in group:
+            sets = {_set_of(pieces[j]) for j in (*part, i)} - {()}
+            if len(part) == self.settings.batch or len(sets) >= PLACES:
+                yield part
+                part = []
+            part.append(i)
+        yield part
 
     def _known(self, sources: list[Source]) -> sampling.Known | None:
         """The pictures to start from, of the size of what is made, as latents."""
@@ -243,6 +255,11 @@ def _latent_mask(mask: Image.Image) -> Tensor:
     """A mask [1, 1, H/8, W/8] in 0..1: a cell changes as much as the pixel in it that changes most, for the picture is put together pixel by pixel after it."""
     values = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, 1, mask.height, mask.width).float() / 255
     return torch.nn.functional.max_pool2d(values, VAE_SCALE)
+
+
+def _set_of(piece: Piece) -> tuple[tuple[str, float], ...]:
+    """What tells the LoRAs of pictures apart."""
+    return tuple((identity(choice.file), choice.weight) for choice in piece.loras if choice.weight)
 
 
 def _batch(several: list[Conditioning]) -> Conditioning:

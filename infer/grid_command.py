@@ -78,7 +78,7 @@ def _weights(references: tuple[str, ...], weights: str | None) -> tuple[list[Col
     if not references:
         raise UserError("a grid needs a LoRA", hint="give --lora RUN, or --checkpoints RUN to compare its checkpoints")
     wanted = weights_of(DEFAULT_WEIGHTS if weights is None else weights)
-    choices = tuple(lora_store.resolve(reference) for reference in references)
+    choices = lora_store.resolve_all(references)
     if choices[0].weight != 1:
         raise UserError(f"the weight of {references[0]} is what a grid varies", hint=f"name it without one, and give --weights {choices[0].weight:g}")
     return weight_columns(choices, wanted), [], base_of(choices)

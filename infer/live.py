@@ -18,9 +18,9 @@ from lorabooth.quantized import QuantizedLinear
 
 @dataclass(frozen=True)
 class Weighted:
-    """What one LoRA adds to each module of a model, and how much of it is wanted. Two are equal by the hash of their file and their weight."""
+    """What one LoRA adds to each module of a model, and how much of it is wanted. Two are equal by what tells their files apart and their weight."""
 
-    sha256: str
+    identity: str
     weight: float
     layers: dict[str, LowRank] = field(compare=False, repr=False)
 

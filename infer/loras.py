@@ -6,7 +6,7 @@ infer/references.py says what a reference may be. It prints nothing but a progre
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -23,6 +23,8 @@ from lorabooth.lora_file import LoraFile
 from lorabooth.notes import note
 from lorabooth.web import Web, WebError
 
+LORAS_LIMIT = 32
+"""Of one picture."""
 LIMIT_BYTES = 4 * 10**9
 CACHE_BYTES = 50 * 10**9
 PLAIN_NAMES = ("lora", "trained_model", "output", "pytorch_lora_weights", "adapter_model", "resolve", "download")
@@ -52,6 +54,13 @@ class Source:
 def resolve(reference: str) -> LoraChoice:
     """The file of a reference, checked, by a store with the settings of the environment; a UserError says what was looked for where."""
     return LoraStore.from_environment().resolve(reference)
+
+
+def resolve_all(references: Sequence[str]) -> tuple[LoraChoice, ...]:
+    """The same for those of a picture; a UserError where they are too many."""
+    if len(references) > LORAS_LIMIT:
+        raise UserError(f"{len(references)} LoRAs are given; the limit is {LORAS_LIMIT}")
+    return tuple(map(resolve, references))
 
 
 def unweighted(reference: str, purpose: str) -> LoraFile:

@@ -68,6 +68,8 @@ class Prompts:
     triggers: tuple[Trigger, ...]
     wildcards: Wildcards
     as_written: bool
+    places: tuple[str, ...] = ()
+    """Where each stands, if in a file; for messages."""
     changed: dict[str, str] = field(default_factory=dict)
     """Prompts that lacked a trigger word -> with it."""
 
@@ -81,12 +83,13 @@ class Prompts:
         if options.templates and options.as_written:
             raise UserError("--template and --as-written do not go together: a template has no trigger word of its own")
         triggers = triggers_of(choices)
-        texts = list(given)
+        texts, places = list(given), list[str]()
         if options.file:
-            texts = [line for _, line in lines_of(options.file, PROMPTS_LIMIT)]
+            lines = list(lines_of(options.file, PROMPTS_LIMIT))
+            texts, places = [line for _, line in lines], [f"{options.file}, line {number}: " for number, _ in lines]
         if options.templates:
             texts = templates.chosen(options.templates, mini, next((t.phrase for t in triggers if t.subject != "style"), PERSON))
-        return cls(tuple(texts), triggers, Wildcards(options.wildcards), options.as_written)
+        return cls(tuple(texts), triggers, Wildcards(options.wildcards), options.as_written, tuple(places))
 
     def resolved(self, text: str, seed: int) -> str:
         """What is drawn for a prompt and a seed."""
@@ -104,13 +107,18 @@ class Prompts:
         if pictures > PICTURES_LIMIT:
             raise UserError(f"{len(self.texts)} prompts with {request.num_outputs} pictures each make {pictures}; the limit is {PICTURES_LIMIT}")
         found = []
-        for text in self.texts:
-            if self.as_written or not has_wildcards(text):
-                found.append(replace(request, prompt=self.resolved(text, request.seed)))
-                continue
-            for seed in ((request.seed + i) % SEEDS for i in range(request.num_outputs)):
-                found.append(replace(request, prompt=self.resolved(text, seed), seed=seed, num_outputs=1))
+        for text, place in zip(self.texts, self.places or [""] * len(self.texts), strict=True):
+            try:
+                found += self._requests(text, request)
+            except UserError as error:
+                raise UserError(place + error.message, error.hint) from None
         return found
+
+    def _requests(self, text: str, request: Request) -> list[Request]:
+        if self.as_written or not has_wildcards(text):
+            return [replace(request, prompt=self.resolved(text, request.seed))]
+        seeds = ((request.seed + i) % SEEDS for i in range(request.num_outputs))
+        return [replace(request, prompt=self.resolved(text, seed), seed=seed, num_outputs=1) for seed in seeds]
 
     def notes(self) -> list[str]:
         """What was changed, to tell the user; with --as-written, what is missing."""

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from infer import picture
 from infer.finish_options import FACES_LIMIT
+from infer.loras import LORAS_LIMIT
 from infer.request import PROMPT_CHARACTERS_LIMIT
 from lorabooth.errors import UserError
 
@@ -15,7 +16,6 @@ Prompt = Annotated[str, StringConstraints(max_length=PROMPT_CHARACTERS_LIMIT)]
 Side = Annotated[int, Field(ge=0, le=10_000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BYTES_LIMIT = 200_000_000
-LORAS_LIMIT = 32
 
 
 class _Part(BaseModel):
@@ -93,6 +93,8 @@ class Record(_Part):
             if path.stat().st_size > BYTES_LIMIT:
                 raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; the limit is {BYTES_LIMIT / 1e6:.0f} MB")
             found = picture.making_of(path)
+            with Image.open(path) as whole:  # a jpg that is cut short tells its making, and cannot be compared with
+                whole.load()
         except FileNotFoundError:
             raise UserError(f"there is no file {path}") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

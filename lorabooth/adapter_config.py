@@ -28,6 +28,12 @@ def described_beside(file: LoraFile) -> dict[str, Any]:
         return _checked(json.loads(beside.read_text(encoding="utf-8")))
 
 
+def identity(file: LoraFile) -> str:
+    """What tells apart what files add to a base: the hash, with the description beside it, which two folders may have of their own."""
+    beside = described_beside(file)
+    return f"{file.sha256} {json.dumps(beside, sort_keys=True)}" if beside else file.sha256
+
+
 @contextmanager
 def _described(file: LoraFile) -> Iterator[None]:
     try:

@@ -64,6 +64,7 @@ MACHINE_FAILURES = {
     errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one with --out FOLDER"),
     errno.EROFS: ("the disk is read-only", "choose a place that you may write to"),
     errno.EFBIG: ("a file grew larger than the disk or ulimit -f allows", "raise that limit or use another disk, then run the command again"),
+    errno.ENXIO: ("this is no file that can be read", "give a file"),
     errno.EIO: ("the disk cannot be read or written", "see whether it is whole, then run the same command again to go on"),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096), then run the same command again to go on"),
 }

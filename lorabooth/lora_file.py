@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, is_utf8
 from lorabooth.runs import sha256_file
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -31,6 +31,8 @@ class LoraFile:
     @classmethod
     def read(cls, path: Path) -> "LoraFile":
         """Check that a file is a whole safetensors file with a LoRA in it; a UserError says what it is instead."""
+        if not is_utf8(str(path)):
+            raise UserError(f"{path} has a name that is not text in UTF-8", hint="rename it")
         header = _read_header(path)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
@@ -77,8 +79,9 @@ def _read_header(path: Path) -> dict[str, Any]:
             if not isinstance(header.get("__metadata__", {}), dict) or not all(_is_shape(entry["shape"]) for entry in entries):
                 raise TypeError("a header of another shape than safetensors'")
             end = _end([entry["data_offsets"] for entry in entries])
-        if path.stat().st_size != 8 + length + end:
-            raise UserError(f"{path} is cut short: it should be {8 + length + end} bytes and is {path.stat().st_size}")
+        if (size := path.stat().st_size) != 8 + length + end:
+            what = "is cut short" if size < 8 + length + end else "is longer than it should be"
+            raise UserError(f"{path} {what}: it should have {8 + length + end} bytes and has {size}", hint="download it again, or copy it again")
     except FileNotFoundError:
         raise UserError(f"no LoRA file at {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

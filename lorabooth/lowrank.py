@@ -28,6 +28,12 @@ NAMED = 3
 """Layers that a message names; the rest are counted."""
 
 
+FRACTIONS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+NAME_IN_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")
+"""A module's name as an expression that matches it."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """W + up down, for a linear W [out, in]: down [rank, in], and up [out, rank] with the strength folded in, both fp32.
@@ -55,6 +61,8 @@ def additions(file: LoraFile, layout: Layout, clip: ClipLayout, model: str) -> A
     layers: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     for key, tensor in tensors.items():
         if of_layer := keys.split(key):
+            if of_layer[1] in layers[of_layer[0]]:
+                raise UserError(f"{file.path.name} names a layer twice: {printable(key)} and {printable(layers[of_layer[0]][of_layer[1]][0])}")
             layers[of_layer[0]][of_layer[1]] = key, tensor
         else:
             left_out.append(key)
@@ -86,7 +94,8 @@ def _tensors(file: LoraFile) -> dict[str, Tensor]:
     if method := keys.other_method(tensors):
         raise UserError(f"{file.path.name} is a {method[0]}, not a LoRA: {printable(method[1])}", hint="convert it to a LoRA with the program that trained it")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        whole = tensor.dtype in WHOLE and (keys.split(key) or ("", ""))[1] == "alpha"  # sd-scripts' extracted LoRAs have it so
+        if tensor.dtype not in FRACTIONS and not whole:
             raise UserError(
                 f"{file.path.name} is damaged: {printable(key)} holds no fractions but {str(tensor.dtype).removeprefix('torch.')}", hint="download it again"
             )
@@ -113,7 +122,7 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
     if not torch.isfinite(up).all():
         raise UserError(f"{file.path.name} is damaged: the strength of {name} is not a number that can be used")
     magnitude = parts["magnitude"][1].float() if "magnitude" in parts else None
-    if magnitude is not None and magnitude.numel() != outputs:
+    if magnitude is not None and (magnitude.numel() != outputs or (magnitude.ndim > 1 and len(magnitude) != outputs)):
         raise UserError(f"{file.path.name} is a DoRA whose scales lie along the inputs of {name}", hint="only DoRA with a scale for each output is read")
     found = []
     for row in rows:
@@ -138,6 +147,8 @@ def alpha_of(file: LoraFile, name: str, stored: Tensor | None, rank: int) -> tup
         return float(rank), 1.0
     module = re.sub(r"^(transformer|text_encoder|base_model\.model)\.", "", name)
     # PEFT takes the pattern's keys for regular expressions; trainers write names, and a file's expressions are not run here.
+    if unknown := next((key for key in config["alpha_pattern"] if not NAME_IN_PATTERN.fullmatch(key)), None):
+        raise UserError(f"{file.path.name} gives an alpha by an expression, which is not read: {printable(unknown)}", hint="convert it with PEFT")
     named = {re.sub(r"[\\^$]", "", key): value for key, value in config["alpha_pattern"].items()}
     alpha = next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"])
     return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

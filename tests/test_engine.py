@@ -1,5 +1,6 @@
 """The engine: LoRAs come and go to the bit, batches of different people, pictures to start from, every precision; on the mini model."""
 
+import json
 import random
 import weakref
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from infer import engine as engine_module
@@ -212,6 +214,9 @@ def test_more_different_loras_than_a_batch_has_places_for_are_refused(stacking: 
     sets = [stacking.adapters.weighted((choice,))[0] for choice in loras]
     with pytest.raises(UserError, match="5 different sets of LoRAs in one batch; the limit is 4"):
         stacking.base.transformer(sets)
+    pieces = [Piece(request(), seed, (weighted(choice, 0.5),)) for seed, choice in enumerate((*loras, loras[0]))]
+    for output, piece in zip(stacking.together(pieces), pieces, strict=True):  # in batches that have room for them
+        assert distance(np.asarray(output.image, dtype=np.int16), pixels(stacking, *piece.loras, seed=piece.seed)) <= 1
     stacking.base.transformer(sets[1:])  # and the places are used again
     stacking.base.transformer([sets[0], sets[2], (), sets[0]])
 
@@ -223,6 +228,27 @@ def test_outputs_of_a_request_are_those_of_its_seeds_whatever_ran_before(engine:
         assert np.array_equal(pixels(engine, loras[1], seed=seed), picture)
     at_once = Engine("mini", Settings(batch=3)).generate(request(num_outputs=3, seed=2**32 - 1), (loras[1],))
     assert all(distance(np.asarray(output.image, dtype=np.int16), picture.astype(np.int16)) <= 1 for output, picture in zip(at_once, three, strict=True))
+
+
+def test_a_dora_in_its_place_leaves_other_pictures_as_they_were_to_the_bit(loras: list[LoraChoice]):
+    engine = Engine("mini", Settings(mixed=True))
+    before = [pixels(engine), pixels(engine, loras[0])]
+    pixels(engine, loras[3])
+    assert all(np.array_equal(*pair) for pair in zip([pixels(engine), pixels(engine, loras[0])], before, strict=True))
+
+
+def test_one_file_with_two_descriptions_is_two_loras(engine: Engine, stacking: Engine, loras: list[LoraChoice], tmp_path: Path):
+    found = []
+    for alpha in (2, 8):
+        folder = tmp_path / str(alpha)
+        folder.mkdir()
+        save_file(load_file(loras[0].file.path), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha, "r": 2}))
+        found.append(LoraChoice(LoraFile.read(folder / "adapter_model.safetensors"), 1.0))
+    assert found[0].file.sha256 == found[1].file.sha256
+    for some in (engine, stacking):
+        assert distance(pixels(some, found[0]), pixels(some, found[1])) > 2
+    assert np.array_equal(pixels(engine, found[1]), pixels(Engine("mini"), found[1]))
 
 
 # Pictures to start from

@@ -98,6 +98,19 @@ def test_prompts_may_come_from_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [file.get("contact_sheet", False) for file in files] == [False, False, True]
 
 
+def test_a_picture_of_the_users_in_the_place_of_the_live_one_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "live.png").write_bytes(b"mine")
+    assert main(["generate", "a person", *FAST, "--live", "--out", str(tmp_path)]) == 0
+    assert "live-1.png" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["live.png", "out-0.webp"] and (tmp_path / "live.png").read_bytes() == b"mine"
+
+
+def test_more_loras_than_a_picture_can_tell_of_are_refused(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for command in ("generate", "grid"):
+        assert main([command, "TOK", *(f"--lora={tiny_run}",) * 33, "--out", str(tmp_path / "out")]) == 2
+        assert "33 LoRAs are given; the limit is 32" in one_problem(capsys)
+
+
 def test_an_earlier_contact_sheet_is_kept(tmp_path: Path):
     sheet, command = tmp_path / "contact-sheet.png", ["generate", "a person", *FAST, "-n", "2", "--out", str(tmp_path)]
     assert main(command) == 0

@@ -209,6 +209,7 @@ def test_weights_and_ranges(text: str, expected: list[float]):
         (["--lora", "RUN", "--weights", "0..3+0.000001"], "at most 50 steps"),
         (["--lora", "RUN", "--weights", ",".join(str(i / 100) for i in range(60))], "60 weights are given; the limit is 50"),
         (["--lora", "RUN", "--width", "65"], "multiple of 16"),
+        (["--lora", "RUN", "--weights", f"{'9' * 400}..{'9' * 400}+1"], "are no range"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )

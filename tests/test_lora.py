@@ -180,7 +180,7 @@ def make_other_model(path: Path) -> None:
     [
         (make_text, "is not a safetensors file"),
         (make_cut, "is cut short"),
-        (make_longer, "is cut short"),
+        (make_longer, "is longer than it should be"),
         (make_pickle, "is not a safetensors file"),
         (make_checkpoint, "is not a safetensors file"),
         (make_huge_header, "is not a safetensors file"),

@@ -30,11 +30,13 @@ def test_a_file_is_downloaded_once_and_asked_about_afterwards(site: LoraServer, 
     assert data_of(store, url) == OTHER and choice.file.path.read_bytes() == LORA, "a file that is in use does not change"
 
 
-def test_a_server_without_etags_is_asked_again_and_not_read_again(site: LoraServer, store: LoraStore):
+def test_a_server_without_etags_is_asked_again(site: LoraServer, store: LoraStore):
     url = site.put("/a.safetensors", LORA, etag=False)
     assert data_of(store, url) == data_of(store, url) == LORA
     site.put("/a.safetensors", lora_bytes(7), etag=False)
     assert data_of(store, url) == lora_bytes(7)
+    site.put("/a.safetensors", lora_bytes(7, "KOT"), etag=False)
+    assert len(lora_bytes(7, "KOT")) == len(lora_bytes(7)) and data_of(store, url) == lora_bytes(7, "KOT"), "of the same size, as retrained LoRAs are"
     site.put("/b.safetensors", LORA, etag=False, headers={"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
     assert data_of(store, f"{site.base}/b.safetensors") == data_of(store, f"{site.base}/b.safetensors") == LORA
     assert site.asked("/b.safetensors")[1].headers["If-Modified-Since"] == "Mon, 01 Jan 2024 00:00:00 GMT"

@@ -1,5 +1,6 @@
 """LoRA files of every trainer: each says the same to our reader, and makes the picture that diffusers' loader or a weight merged by hand makes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,9 @@ def test_numbers_that_run_over_are_said(engine: Engine, tmp_path: Path):
         (one_layer() | one_layer("diffusion_model.double_blocks.0.img_attn.qkv", up=(672, 2)), "names a layer twice"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(3)}, "the alpha of .* is not one number"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 17)}, "DoRA whose scales lie along the inputs"),
+        (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 224)}, "DoRA whose scales lie along the inputs"),
+        (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.lora_down.weight": torch.ones(2, 224)}, "names a layer twice: .*lora_down.* and .*lora_A"),
+        ({key.replace(".weight", f".{name}.weight"): t for name in ("one", "two") for key, t in one_layer().items()}, "names a layer twice"),
         ({key: t * torch.nan for key, t in one_layer().items()}, "numbers that are not finite"),
         ({key: t.int() for key, t in one_layer().items()}, "holds no fractions but int32"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2), "lora_x": torch.ones(1)}, "is a LoKr, not a LoRA"),
@@ -232,6 +236,28 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tensors: dict[str, Tensor]
     with pytest.raises(UserError, match=message) as caught:
         read(formats.write(tmp_path / "x.safetensors", tensors))
     assert "\n" not in caught.value.message
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path):
+    """As in LoRAs that sd-scripts extracts from a model."""
+    alpha = "transformer.transformer_blocks.0.attn.to_q.alpha"
+    whole, fraction = (read(formats.write(tmp_path / f"{a.dtype}.safetensors", one_layer() | {alpha: a})) for a in (torch.tensor(1), torch.tensor(1.0)))
+    (one,), (other,) = whole.transformer.values(), fraction.transformer.values()
+    assert torch.equal(one.up, other.up) and torch.equal(one.up, torch.full((224, 2), 0.5))
+
+
+@pytest.mark.parametrize("pattern", [r"transformer_blocks\.\d+\.attn\.to_q", ".*to_q", "to_q|to_k"])
+def test_alphas_by_expressions_are_refused_and_by_names_read(pattern: str, tmp_path: Path):
+    def described(key: str) -> Path:
+        return formats.write(
+            tmp_path / "x.safetensors", one_layer(), lora_adapter_metadata=json.dumps({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {key: 4}})
+        )
+
+    with pytest.raises(UserError, match="gives an alpha by an expression"):
+        read(described(pattern))
+    for name in ("to_q", r"^transformer_blocks\.0\.attn\.to_q$"):
+        (one,) = read(described(name)).transformer.values()
+        assert torch.equal(one.up, torch.full((224, 2), 2.0))
 
 
 def test_a_layer_of_rank_0_is_damaged(tmp_path: Path):

@@ -209,6 +209,15 @@ def test_a_picture_made_again_overwrites_nothing_and_is_filtered(tmp_path: Path,
     assert main(["reproduce", str(tmp_path / "mine.jpeg"), "--no-filter"]) == 0 and (tmp_path / "mine-again-3.jpeg").exists()
 
 
+def test_a_picture_that_is_cut_short_is_named_before_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a person", "--model", "mini", *FAST, "--format", "jpg", "--out", str(tmp_path)]) == 0
+    file = tmp_path / "out-0.jpg"
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(["reproduce", str(file)]) == 2
+    assert "is not a picture that can be read" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_sheet_of_several_pictures_is_not_taken_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "a person", "--model", "mini", *FAST, "-n", "2", "--out", str(tmp_path)]) == 0
     assert main(["reproduce", str(tmp_path / "contact-sheet.png")]) == 2

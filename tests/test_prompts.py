@@ -85,6 +85,8 @@ def test_files_that_are_no_prompts(tmp_path: Path, capsys: pytest.CaptureFixture
     for content, words in ((b"# a\n\n", "no line"), (b"\xff\xfea", "UTF-8"), (b"a\n" * 201, "201 lines; the limit is 200"), (b"a" * 5_000_000, "4 MiB")):
         file.write_bytes(content)
         assert words in problem(["--prompts", str(file)], tmp_path / "out", capsys)
+    file.write_bytes(b"a\n# a remark\na {b\n")
+    assert f"{file}, line 3: character 3 of the prompt" in problem(["--prompts", str(file)], tmp_path / "out", capsys)
     assert "no file" in problem(["--prompts", str(tmp_path / "none")], tmp_path / "out", capsys)
     file.write_bytes(b"a\n" * 200)
     assert "make 600; the limit is 400" in problem(["--prompts", str(file), "-n", "3"], tmp_path / "out", capsys)
