@@ -7,7 +7,7 @@ the hair comes and goes with the words. Clothes, place and light are named for t
 import re
 from dataclasses import dataclass
 
-from lorabooth.captions import PLACEHOLDER, whole
+from lorabooth.captions import PLACEHOLDER, has_trigger, whole
 from lorabooth.config import TrainConfig
 
 STYLES = {
@@ -44,12 +44,13 @@ class Prompt:
 
 
 def prompt_of(config: TrainConfig) -> Prompt:
-    """The prompt of a run. A prefix of the user's own is the opening."""
+    """The prompt of a run. A prefix of the user's own is the opening; where it has the trigger, of the template too."""
     own, instruction = STYLES[config.subject]
     opening = config.autocaption_prefix.strip() or own
     seen = re.sub(whole(config.trigger_word), lambda _: config.class_phrase, opening.replace(PLACEHOLDER, config.class_phrase))
+    opened = has_trigger(config.autocaption_prefix.replace(PLACEHOLDER, config.trigger_word), config.trigger_word)
     if config.subject == "style":
-        template, seen = own.removesuffix(", showing"), "A picture showing" if opening == own else seen
+        template, seen = "" if opened else own.removesuffix(", showing"), "A picture showing" if opening == own else seen
     else:
-        template = f"{own}, {config.class_phrase}"
+        template = config.class_phrase if opened else f"{own}, {config.class_phrase}"
     return Prompt(instruction.format(class_phrase=config.class_phrase), opening, seen[:1].upper() + seen[1:], template)

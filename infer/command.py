@@ -89,7 +89,9 @@ def generate(
             engine = Engine(family, replace(settings, pixels=pixels))
             files = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live).draw(requests)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; the pictures that were finished are in {out}") from None
+        raise KeyboardInterrupt(
+            f"interrupted; the pictures that were finished are in {out}" if out.exists() else "interrupted; no picture was finished"
+        ) from None
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files if not file.get("filtered")))
 
 

@@ -23,7 +23,7 @@ from lorabooth.families import load_family
 from lorabooth.families.flux1_dev import Flux1Dev
 from lorabooth.layout import ClipLayout, Layout, sizes_of
 from lorabooth.lora import sorted_header
-from lorabooth.lora_file import LoraFile
+from lorabooth.lora_file import AND, LoraFile
 from lorabooth.lowrank import Additions, additions
 from lorabooth.notes import note
 from lorabooth.runs import RunDir, check_same, write_new
@@ -108,6 +108,10 @@ def _metadata(choices: Sequence[LoraChoice], wanted: Additions) -> dict[str, str
     ranks = {len(one.down) for part in (wanted.transformer, wanted.clip) for one in part.values()}
     rank = str(max(ranks, default=0))
     made_of: list[dict[str, Any]] = [{"name": choice.file.name, "sha256": choice.file.sha256, "weight": choice.weight} for choice in choices]
-    words = " and ".join(dict.fromkeys(choice.file.trigger_word for choice in choices if choice.file.trigger_word))
-    phrase = {"modelspec.trigger_phrase": words} if words else {}
+    words = list(dict.fromkeys(word for choice in choices for word in choice.file.trigger_words if word))
+    phrase = {"modelspec.trigger_phrase": AND.join(words)} if words else {}
+    if len(words) > 1:
+        made_of[0]["trigger_words"] = words
+    if len(choices) > 1:
+        phrase["modelspec.title"] = " and ".join(choice.file.name for choice in choices)
     return kept | phrase | {"format": "pt", "ss_network_dim": rank, "ss_network_alpha": rank, "lorabooth.made_of": json.dumps(made_of)}

@@ -40,11 +40,13 @@ class Trigger:
     """What the word replaces."""
 
     @classmethod
-    def of(cls, file: LoraFile) -> "Trigger | None":
-        """What a file says of itself, which may be a stranger's; None where it names no word."""
-        word = one_line(file.trigger_word)
+    def of(cls, file: LoraFile, word: str) -> "Trigger | None":
+        """What a file says of itself and a word of its, which may be a stranger's; None where that is no word."""
+        word = one_line(word)
         if not word or len(word) > WORD_CHARACTERS or not word.isprintable() or PLACEHOLDER in word:
             return None
+        if word != one_line(file.trigger_words[0]):  # the recipe is the first one's
+            return cls(word)
         try:
             recipe = json.loads(file.metadata.get("lorabooth.recipe", "{}"))
             subject, phrase = str(recipe.get("subject", "")), one_line(str(recipe.get("class_phrase", "")))
@@ -102,7 +104,7 @@ class Trigger:
 
 def triggers_of(choices: Sequence[LoraChoice]) -> tuple[Trigger, ...]:
     """The triggers of LoRAs, each word once."""
-    found = [trigger for choice in choices if (trigger := Trigger.of(choice.file))]
+    found = [trigger for choice in choices for word in choice.file.trigger_words if (trigger := Trigger.of(choice.file, word))]
     return tuple({trigger.word: trigger for trigger in reversed(found)}.values())[::-1]
 
 

@@ -73,7 +73,7 @@ class TrainConfig(BaseModel):
     loss_weighting: LossWeighting = Field("none", description="Weight of a noise level in the loss: none, sigma_sqrt or cosmap, as in diffusers.")
     caption_dropout_rate: float = Field(0.05, ge=0, le=1, description="Share of steps that train on the bare trigger instead of the caption.")
     autocaption: bool = Field(True, description="Write captions for the photos that have none; otherwise those train on the trigger word alone.")
-    autocaption_prefix: str = Field("", description="Text put before every generated caption.")
+    autocaption_prefix: str = Field("", description="Text put before every generated caption, in place of 'a photo of TOK' if it has the trigger word.")
     autocaption_suffix: str = Field("", description="Text put after every generated caption.")
     caption_model: str = Field(
         "auto",

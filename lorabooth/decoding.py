@@ -112,7 +112,7 @@ def _not_a_picture(name: str, data: bytes, error: Exception) -> str:
     if not data:
         return "is an empty file"
     if data.startswith(zips.START):
-        return "is an archive inside the archive; unpack it first"
+        return "is an archive, not a picture; unpack it first"
     if PurePosixPath(name).suffix.casefold() in PICTURE_SUFFIXES:
         return "is damaged or not a picture"
     return "is not a JPEG, PNG, WebP, HEIC, AVIF, TIFF, BMP or GIF picture"

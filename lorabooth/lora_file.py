@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from lorabooth.errors import UserError, is_utf8
 from lorabooth.runs import sha256_file
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
+AND = " and "
+"""Between the trigger words of several."""
 
 
 class NoLora(UserError):
@@ -61,8 +64,17 @@ class LoraFile:
 
     @property
     def trigger_word(self) -> str:
-        """The trigger word, where the file tells it."""
+        """The trigger word, where the file tells it; of a LoRA that was made of several, all their words."""
         return self.metadata.get("modelspec.trigger_phrase", "")
+
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """Each trigger word by itself."""
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
+            words = [word for one in json.loads(self.metadata.get("lorabooth.made_of", "[]")) for word in one.get("trigger_words", [])]
+            if words and AND.join(words) == self.trigger_word:
+                return tuple(words)
+        return (self.trigger_word,)
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def test_a_zip_in_a_zip_is_left_out_with_a_note(tmp_path: Path, run: Path):
     inner = zipped(tmp_path / "inner.zip", {"b.png": picture(1)}).read_bytes()
     manifest = ingest(zipped(tmp_path / "photos.zip", {"a.png": picture(), "inner.zip": inner, "inner.png": inner}), run)
     assert [photo.original for photo in manifest.photos] == ["a.png"]
-    assert "inner.zip is an archive inside the archive; unpack it first: left out" in manifest.notes
-    assert "inner.png is an archive inside the archive; unpack it first: left out" in manifest.notes
+    assert "inner.zip is an archive, not a picture; unpack it first: left out" in manifest.notes
+    assert "inner.png is an archive, not a picture; unpack it first: left out" in manifest.notes
 
 
 def test_a_zip_is_told_by_its_content_not_by_its_name(tmp_path: Path, run: Path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from captioning.caption import run
 from lorabooth.captions import enforce
-from lorabooth.config import load_config
+from lorabooth.config import Subject, load_config
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.photos import Manifest, Photo, ingest
@@ -70,6 +70,13 @@ def test_photos_without_a_caption_get_the_template_with_prefix_and_suffix(tmp_pa
     assert note.startswith("2 captions are the template, 'best: a photo of TOK, a person indoors': it does not say what is in the photo")
     assert captions(tmp_path) == ["best: a photo of TOK, a person indoors"] * 2
     assert sorted(path.name for path in (tmp_path / "captions").iterdir()) == ["00001.txt", "00002.txt"]
+
+
+@pytest.mark.parametrize(("subject", "expected"), [("person", "a drawing of TOK, a person, flat colours"), ("style", "a drawing of TOK, flat colours")])
+def test_a_prefix_with_the_trigger_takes_the_place_of_the_templates_opening(subject: Subject, expected: str, tmp_path: Path):
+    make_run(tmp_path, [None], autocaption_prefix="a drawing of [trigger],", autocaption_suffix="flat colours", subject=subject)
+    run(tmp_path)
+    assert captions(tmp_path)[0].replace("person flat", "person, flat") == expected
 
 
 def test_without_autocaption_the_trigger_is_the_caption(tmp_path: Path):

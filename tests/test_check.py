@@ -263,7 +263,9 @@ def test_a_cleaned_copy_holds_what_is_good_and_the_original_stays(good: Files, t
     assert len(again.photos) == 3 and again.left_out == () and again.photos[0].mask_sha256 and again.photos[0].caption
 
 
-@pytest.mark.parametrize(("place", "message"), [("there", "exists already"), ("photos/better", "is inside"), ("photos", "exists already")])
+@pytest.mark.parametrize(
+    ("place", "message"), [("there", "exists already"), ("better.zip", "name of an archive"), ("photos/better", "is inside"), ("photos", "exists already")]
+)
 def test_a_cleaned_copy_overwrites_nothing(good: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, message: str):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "beach.png").write_bytes(good["beach.png"])

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from infer import convert
 from infer.engine import Engine
-from infer.loras import resolve
+from infer.loras import LoraChoice, resolve
 from infer.request import Request
 from infer.same_picture import picture_difference
+from infer.trigger import filled, triggers_of
 from lorabooth import conversion
 from lorabooth.cli import main
 from lorabooth.comparison import difference
@@ -189,7 +190,7 @@ def test_the_raw_weights_are_others(tiny_run: Path, tmp_path: Path):
 
 def test_several_are_made_one_that_makes_their_picture(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     other = tmp_path / "other.safetensors"
-    save_file(written(drawn(MODULES, [2]), LAYOUT, "diffusers", torch.float32), other, {"lorabooth.base": "mini"})
+    save_file(written(drawn(MODULES, [2]), LAYOUT, "diffusers", torch.float32), other, {"lorabooth.base": "mini", "modelspec.trigger_phrase": "IN2"})
     out = tmp_path / "both.safetensors"
     assert main(["convert", f"{tiny_run}:0.8", f"{other}:0.02", "--format", "comfyui", "--out", str(out)]) == 0
     engine = Engine("mini")
@@ -199,6 +200,12 @@ def test_several_are_made_one_that_makes_their_picture(tiny_run: Path, tmp_path:
     assert main(["convert", str(out), "--format", "diffusers", "--rank", "1", "--out", str(tmp_path / "less.safetensors")]) == 0
     assert "rank 1 loses" in capsys.readouterr().err
     assert {t.shape[0] for name, t in load_file(tmp_path / "less.safetensors").items() if "lora_A" in name} == {1}
+    for name in ("both", "less"):
+        merged = LoraFile.read(tmp_path / f"{name}.safetensors")
+        assert merged.trigger_word == "TOK and IN2" and merged.trigger_words == ("TOK", "IN2")
+        triggers = triggers_of([LoraChoice(merged, 1.0)])
+        assert filled("IN2 shakes hands with TOK", triggers) == "IN2 shakes hands with TOK" and filled("TOK, smiling", triggers) == "IN2, TOK, smiling"
+    assert merged.metadata["modelspec.title"] == "tiny and other"
 
 
 def test_mistakes_are_one_sentence_and_leave_no_file(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -41,13 +41,17 @@ def test_security_floors(name: str, floor: str):
     assert not declared.specifier.contains("0.1") and any(part.operator == ">=" and part.version == floor for part in declared.specifier)
 
 
+NEWEST_TRIED = {"torch": "2.14"}
+"""Where that is not the version that is installed."""
+
+
 def test_the_large_libraries_stop_at_the_tested_minor_version():
     """A release after the tested one broke a fresh install once."""
     tested = re.findall(r" ([a-z]+)==([0-9.]+)", (ROOT / "Dockerfile.cuda").read_text(encoding="utf-8"))
     assert {name for name, _ in tested} >= {"torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes"}
     for name, version in tested:
         (declared,) = [Requirement(line) for line in DECLARED if Requirement(line).name == name]
-        major, minor = (int(part) for part in version.split(".")[:2])
+        major, minor = (int(part) for part in NEWEST_TRIED.get(name, version).split(".")[:2])
         assert declared.specifier.contains(version) and not declared.specifier.contains(f"{major}.{minor + 1}.0")
 
 

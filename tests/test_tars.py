@@ -181,7 +181,7 @@ def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path, run: Path):
     inner = zipped(tmp_path / "inner.zip", {"b.png": picture(1)}).read_bytes()
     manifest = ingest(written(tmp_path / "photos.tar", tarred({"a.png": picture(), "inner.zip": inner})), run)
     assert [photo.original for photo in manifest.photos] == ["a.png"]
-    assert "inner.zip is an archive inside the archive; unpack it first: left out" in manifest.notes
+    assert "inner.zip is an archive, not a picture; unpack it first: left out" in manifest.notes
 
 
 def test_an_empty_tar_is_empty(tmp_path: Path, run: Path):

@@ -33,7 +33,7 @@ class Finding:
 
 
 KINDS: dict[str, Kind] = {
-    "left_out": Kind("hint", "not used", "Mend it or save it as JPEG and add it again; otherwise it stays out."),
+    "left_out": Kind("hint", "not used", "Mend it and add it again: a photo as JPEG, a caption or mask under its photo's name. Otherwise it stays out."),
     "duplicate": Kind("hint", "the same picture twice", "Nothing: it is used once."),
     "near_duplicate": Kind("warning", "nearly the same picture", "Keep the best one: what is shown twice is learned twice as much, its background too."),
     "small": Kind("warning", "too small", "Take the original instead of a copy from a chat or a web page, or train with a lower --resolution."),

@@ -9,11 +9,15 @@ from lorabooth.errors import UserError
 from lorabooth.photos import Photo
 from lorabooth.runs import publish, write_durable
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
+
 
 def check_out(out: Path, source: Path) -> None:
     """Refuse a place for the copy where something is already, or that is inside the photos themselves."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already, and a cleaned copy overwrites nothing", hint="give --fix a folder that does not exist yet")
+    if out.suffix.lower() in ARCHIVES:
+        raise UserError(f"{out} has the name of an archive, and a cleaned copy is a folder", hint=f"give --fix a name such as {out.stem}")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} is inside {source}, which stays as it is", hint="give --fix a folder somewhere else")
 
