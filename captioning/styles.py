@@ -46,11 +46,14 @@ class Prompt:
 def prompt_of(config: TrainConfig) -> Prompt:
     """The prompt of a run. A prefix of the user's own is the opening; where it has the trigger, of the template too."""
     own, instruction = STYLES[config.subject]
-    opening = config.autocaption_prefix.strip() or own
-    seen = re.sub(whole(config.trigger_word), lambda _: config.class_phrase, opening.replace(PLACEHOLDER, config.class_phrase))
-    opened = has_trigger(config.autocaption_prefix.replace(PLACEHOLDER, config.trigger_word), config.trigger_word)
-    if config.subject == "style":
-        template, seen = "" if opened else own.removesuffix(", showing"), "A picture showing" if opening == own else seen
+    prefix, phrase = config.autocaption_prefix.strip(), config.class_phrase
+    opening = prefix or own
+    seen = re.sub(whole(config.trigger_word), lambda _: phrase, opening.replace(PLACEHOLDER, phrase))
+    style, whom = config.subject == "style", own.removesuffix(", showing")
+    if style and not prefix:
+        seen = "A picture showing"
+    if has_trigger(prefix.replace(PLACEHOLDER, config.trigger_word), config.trigger_word):
+        template = prefix if style or re.search(whole(phrase), prefix) else f"{prefix.rstrip(' ,')}, {phrase}"
     else:
-        template = config.class_phrase if opened else f"{own}, {config.class_phrase}"
-    return Prompt(instruction.format(class_phrase=config.class_phrase), opening, seen[:1].upper() + seen[1:], template)
+        template = whom if style else f"{whom}, {phrase}"
+    return Prompt(instruction.format(class_phrase=phrase), opening, seen[:1].upper() + seen[1:], template)

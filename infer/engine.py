@@ -18,11 +18,10 @@ from infer.adapters import Adapters
 from infer.base import Base
 from infer.live import Weighted
 from infer.loras import LoraChoice
-from infer.plan import STEPS, Needs, ServingPlan, choose, estimate
+from infer.plan import STACK_PLACES, STEPS, Needs, ServingPlan, choose, estimate
 from infer.progress import Progress
 from infer.request import Request, Source
 from infer.settings import DEFAULT, Settings
-from infer.stacked import PLACES
 from lorabooth import sampling
 from lorabooth.adapter_config import identity
 from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device, free_gpu_bytes
@@ -189,7 +188,7 @@ class Engine:
         part: list[int] = []
         for i in group:
             sets = {_set_of(pieces[j]) for j in (*part, i)} - {()}
-            if len(part) == self.settings.batch or len(sets) >= PLACES:
+            if len(part) == self.settings.batch or len(sets) >= STACK_PLACES:
                 yield part
                 part = []
             part.append(i)

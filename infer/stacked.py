@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from infer.live import Weighted, gain_of
+from infer.plan import STACK_PLACES
 from lorabooth.errors import UserError
 from lorabooth.quantized import QuantizedLinear, wide
 
 RANK_STEP = 16
 """Ranks are padded to a multiple of it, so that few shapes are seen."""
-PLACES = 5
-"""Sets of LoRAs that a linear has room for; the first is empty."""
 
 
 @dataclass
@@ -62,7 +61,7 @@ class StackedLinear(nn.Module):
         if self.gain is not None:
             shift = 0 if self.base.bias is None else self.base.bias
             gain = self.gain.index_select(0, places).to(y.dtype).view(len(places), *[1] * (y.ndim - 2), -1)
-            y = y * gain + (1 - gain) * shift  # to the bit y where the gain is one
+            y = torch.where(gain == 1, y, (y - shift) * gain + shift)  # that of pictures without a DoRA to the bit
         tokens, result = (x[:, None], y[:, None]) if x.ndim == 2 else (x, y)
         narrow = torch.bmm(tokens, self.down.index_select(0, places).transpose(1, 2))
         return torch.baddbmm(result, narrow, self.up.index_select(0, places).transpose(1, 2)).view(y.shape)
@@ -75,7 +74,9 @@ class StackedLoras:
     when the first LoRA touches it. Either would make a compiled transformer compile again.
     """
 
-    def __init__(self, transformer: nn.Module, device: torch.device, dtype: torch.dtype, places: int = PLACES, rank: int = RANK_STEP, static: bool = False):
+    def __init__(
+        self, transformer: nn.Module, device: torch.device, dtype: torch.dtype, places: int = STACK_PLACES, rank: int = RANK_STEP, static: bool = False
+    ):
         self.device, self.dtype, self.places, self.rank = device, dtype, places, rank
         self.choice = Choice(torch.zeros(1, dtype=torch.long, device=device))
         self.layers: dict[str, StackedLinear] = {}

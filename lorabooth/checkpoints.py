@@ -48,11 +48,14 @@ def named(run: RunDir, weights: list[Tensor]) -> dict[str, Tensor]:
 
 
 def start_of(run: RunDir) -> dict[str, Tensor]:
-    """What a LoRA that began with the base's own directions began with. A UserError where it is damaged."""
+    """What a LoRA that began with the base's own directions began with. A UserError where that is damaged or gone: after a step no other will do."""
+    hint = "start a new run with --out FOLDER" if folders(run) else "delete that file, then run the same command again"
     try:
         return load_file(run.lora_start)
     except SafetensorError:
-        raise UserError(f"{run.lora_start} is damaged", hint="delete that file, then run the same command again") from None
+        raise UserError(f"{run.lora_start} is damaged", hint=hint) from None
+    except FileNotFoundError:
+        raise UserError(f"{run.lora_start} is gone, with which the LoRA began", hint=hint) from None
 
 
 def file_dtype(config: TrainConfig) -> torch.dtype:

@@ -1,8 +1,12 @@
 """The user's own folders. A container may run programs as a user that has none."""
 
-import errno
+import atexit
 import os
+import shutil
+import stat
 import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 
@@ -15,16 +19,31 @@ def expanded(path: str | Path) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """`lorabooth/<name>` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache.
-
-    For a user without a home it is in the folder for temporary files, where everybody may make folders: an OSError where somebody else has made this one.
-    """
+    """`lorabooth/<name>` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache. Where it is not there, nor can be made, in a folder of this user's among
+    those for temporary files."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return expanded(given) / "lorabooth" / name
-    below = expanded("~/.cache")
-    if not below.is_absolute():
-        below = Path(tempfile.gettempdir()) / f"lorabooth-{os.getuid()}"
-        below.mkdir(mode=0o700, exist_ok=True)
-        if below.stat().st_uid != os.getuid():
-            raise OSError(errno.EACCES, "it belongs to another user", str(below))
-    return below / "lorabooth" / name
+    folder = expanded("~/.cache") / "lorabooth" / name
+    with suppress(OSError):
+        if folder.is_absolute():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return folder
+    return _temporary() / "lorabooth" / name
+
+
+def _temporary() -> Path:
+    """A folder that is the user's alone; where somebody else has made that of this name, as anybody may there, one that lasts no longer than the process."""
+    own = Path(tempfile.gettempdir()) / f"lorabooth-{os.getuid()}"
+    with suppress(FileExistsError):
+        own.mkdir(mode=0o700)
+    found = own.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return own
+    return _of_this_process()
+
+
+@cache
+def _of_this_process() -> Path:
+    folder = tempfile.mkdtemp(prefix="lorabooth-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

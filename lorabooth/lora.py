@@ -58,8 +58,8 @@ class LoraSpec:
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def module_names(self, transformer: torch.nn.Module) -> list[str]:
-        """Names of the linears this LoRA sits on; a UserError that lists what can be matched where there is none. An expression may have the names with or
-        without the prefix that they have in LoRA files."""
+        """Names of the linears this LoRA sits on; a UserError that lists what can be matched where there is none. An expression that matches no name may
+        have them with the prefix that they have in LoRA files."""
         linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         option = "layers_to_optimize_regex" if self.searched else "targets"
         try:
@@ -67,7 +67,7 @@ class LoraSpec:
         except re.error as error:
             raise UserError(f"{option}: {self.targets!r} is not a regular expression: {error}") from None
         matches = pattern.search if self.searched else pattern.fullmatch
-        names = [name for name in linears if matches(name) or matches(PREFIX + name)]
+        names = [name for name in linears if matches(name)] or [name for name in linears if matches(PREFIX + name)]
         if not names:
             shapes = ", ".join(sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in linears}))
             known = "" if self.searched else f"use one of {', '.join(TARGETS)}, or "

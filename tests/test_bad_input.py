@@ -198,12 +198,13 @@ def test_an_archive_of_another_name_is_the_same_photos(demo_photos: Path, tmp_pa
     assert "has changed since the run" in refused(str(renamed), *command)
 
 
-def test_names_that_are_no_text_and_photos_like_threads_are_trained_on(tmp_path: Path):
+def test_names_that_are_no_text_and_photos_like_threads_are_trained_on(tmp_path: Path, refused: Refused):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / os.fsdecode(b"f\xe9te.png")).write_bytes(demo_picture())
     Image.new("RGB", (2048, 3), "teal").save(photos / "thread.png")
-    goes_on(str(photos), *ONE_STEP, "--out", str(tmp_path / os.fsdecode(b"r\xfcn")))
+    goes_on(str(photos), *ONE_STEP, "--out", str(tmp_path / "run"))
+    assert "is not text in UTF-8" in refused(str(photos), *ONE_STEP, "--out", str(tmp_path / os.fsdecode(b"r\xfcn")))
 
 
 def test_what_is_neither_a_file_nor_a_folder_is_not_read(tmp_path: Path, refused: Refused):
@@ -216,10 +217,18 @@ def test_a_rank_that_pissa_cannot_have_is_refused_before_the_run_is_bound(demo_p
     out = ("--lora-init", "pissa", "--out", str(tmp_path / "run"))
     said = refused(str(demo_photos), *ONE_STEP, "--targets", "all-linear", "--lora-rank", "225", *out)
     assert "lora_rank is 225; with lora_init pissa it is at most 224" in said and not (tmp_path / "run").exists()
+    # Nor by photos that were taken in and not used.
+    assert "none is left to train on" in refused(str(demo_photos), *ONE_STEP, "--validation-photos", "3", *out)
+    assert "it is at most 224" in refused(str(demo_photos), *ONE_STEP, "--targets", "all-linear", "--lora-rank", "225", *out)
     goes_on(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
-    # Where the LoRA began is gone with it, and made again.
     (start,) = (tmp_path / "run").glob("lora-start*")
     before = start.read_bytes()
+    start.write_bytes(before[:100])
+    (tmp_path / "run" / "lora.safetensors").unlink()
+    assert f"{start} is damaged\n  start a new run" in refused(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
+    start.unlink()
+    assert f"{start} is gone, with which the LoRA began" in refused(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)
+    # Before the first checkpoint it can be made again.
     start.write_bytes(before[:100])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert f"{start} is damaged\n  delete that file" in refused(str(demo_photos), *ONE_STEP, "--lora-rank", "2", *out)

@@ -72,11 +72,20 @@ def test_photos_without_a_caption_get_the_template_with_prefix_and_suffix(tmp_pa
     assert sorted(path.name for path in (tmp_path / "captions").iterdir()) == ["00001.txt", "00002.txt"]
 
 
-@pytest.mark.parametrize(("subject", "expected"), [("person", "a drawing of TOK, a person, flat colours"), ("style", "a drawing of TOK, flat colours")])
-def test_a_prefix_with_the_trigger_takes_the_place_of_the_templates_opening(subject: Subject, expected: str, tmp_path: Path):
-    make_run(tmp_path, [None], autocaption_prefix="a drawing of [trigger],", autocaption_suffix="flat colours", subject=subject)
+@pytest.mark.parametrize(
+    ("subject", "prefix", "expected"),
+    [
+        ("person", "a drawing of [trigger],", "a drawing of TOK, a person"),
+        ("person", "a drawing of TOK", "a drawing of TOK, a person"),
+        ("person", "TOK, a person,", "TOK, a person,"),
+        ("person", "best", "best a photo of TOK, a person"),
+        ("style", "a drawing of [trigger]", "a drawing of TOK"),
+    ],
+)
+def test_a_prefix_with_the_trigger_takes_the_place_of_the_templates_opening(subject: Subject, prefix: str, expected: str, tmp_path: Path):
+    make_run(tmp_path, [None], autocaption_prefix=prefix, subject=subject)
     run(tmp_path)
-    assert captions(tmp_path)[0].replace("person flat", "person, flat") == expected
+    assert captions(tmp_path) == [expected]
 
 
 def test_without_autocaption_the_trigger_is_the_caption(tmp_path: Path):

@@ -110,6 +110,11 @@ def test_the_hosted_trainers_regular_expression_is_searched_in_names(dev: FluxTr
         names("(to_q")
 
 
+def test_the_prefix_changes_nothing_of_an_expression_that_matches_without_it(dev: FluxTransformer2DModel):
+    assert len(LoraSpec(16, 16, r"(?!single).*attn\.to_[qkv]").module_names(dev)) == 3 * 19
+    assert len(LoraSpec(16, 16, r"[^s].*attn\.to_q").module_names(dev)) == 19
+
+
 def test_names_may_be_those_in_lora_files(dev: FluxTransformer2DModel):
     expression = r"transformer\.single_transformer_blocks\.7\.proj_out"
     assert LoraSpec(16, 16, expression).module_names(dev) == ["single_transformer_blocks.7.proj_out"]

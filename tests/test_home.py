@@ -33,8 +33,17 @@ def test_a_home_that_nobody_has_is_left_as_it_is_written():
 def test_a_user_without_a_home_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = cache_folder("loras")
     assert folder == tmp_path / f"lorabooth-{os.getuid()}" / "lorabooth" / "loras" and folder.parent.parent.stat().st_mode & 0o077 == 0
-    owner = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    (tmp_path / f"lorabooth-{owner + 1}").mkdir()
-    with pytest.raises(OSError, match="belongs to another user"):
-        cache_folder("loras")
+    folder.parent.parent.rmdir()
+    (tmp_path / "everybodys").mkdir()
+    folder.parent.parent.symlink_to(tmp_path / "everybodys")
+    other = cache_folder("loras")
+    assert other.parent.parent not in (tmp_path, folder.parent.parent) and other == cache_folder("loras") and other.parent.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_home_that_is_not_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", "/proc/nonexistent")  # where not even root can make it
+    assert cache_folder("loras").is_relative_to(tmp_path / f"lorabooth-{os.getuid()}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder("loras") == tmp_path / "home" / ".cache" / "lorabooth" / "loras"

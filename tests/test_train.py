@@ -60,6 +60,9 @@ def test_what_a_recipe_leaves_open_is_as_in_the_models_own(tmp_path: Path):
     assert recipe_config(recipe, named).resolution == TrainConfig.model_fields["resolution"].default
     recipe.write_text("model: mini\nlora_rank: 8\n")
     assert recipe_config(recipe, named) == own.model_copy(update={"lora_rank": 8})
+    recipe.write_text("model: mini\noptimizer: prodigy\nprecompute_modulation: true\n")  # which exclude what mini's has
+    found = recipe_config(recipe, named)
+    assert (found.loraplus_lr_ratio, found.train_text_encoder, found.resolution) == (1, False, "128")
 
 
 # Held-out photos
@@ -313,6 +316,19 @@ def test_what_an_interruption_kept_from_being_seen_is_made_by_the_next_session(
     rows = [[row for row in run.history() if row.get("event") == "validation"] for run in (whole, stopped)]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 2, 4]
     assert same_bytes(whole.lora, stopped.lora) and "modelspec.thumbnail" in resolve(str(stopped.path)).file.metadata
+
+
+def test_a_last_preview_that_cannot_be_made_keeps_no_lora_from_being_written(
+    run: RunDir, tiny_command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def out_of_memory(_: fit.Trainer) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(fit, "preview", out_of_memory)
+    (run.samples / "step-000004-0.png").unlink()
+    run.lora.unlink()
+    assert main([*tiny_command, "--out", str(run.path)]) == 0 and run.lora.exists()
+    assert "the last preview and held-out loss are missing: the GPU's memory ran out" in capsys.readouterr().err
 
 
 def test_no_prompts_for_previews_is_no_previews(tiny_command: list[str], tmp_path: Path):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lorabooth import consent, stages
 from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config, read_recipe
-from lorabooth.errors import UserError
+from lorabooth.errors import UserError, is_utf8
 from lorabooth.notes import note
 from lorabooth.photos import Manifest, ingest
 from lorabooth.push_command import token_option
@@ -133,6 +133,8 @@ def recipe_config(recipe: Path | None, values: dict[str, Any]) -> TrainConfig:
     """The settings of a run. What a recipe leaves open is the mini model's own recipe, since its pictures and layers are small, or else the default."""
     given = (read_recipe(recipe) if recipe else {}) | {name: value for name, value in values.items() if value is not None}
     named = {HOSTED_NAMES.get(name, name) for name in given}
+    named |= {"loraplus_lr_ratio"} if given.get("optimizer") == "prodigy" else set()  # which it cannot have
+    named |= {"train_text_encoder"} if given.get("precompute_modulation") else set()
     beneath = read_recipe(RECIPES / "mini.yaml") if given.get("model") == "mini" else {}
     return load_config(None, {name: value for name, value in beneath.items() if name not in named} | given)
 
@@ -142,6 +144,8 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
 
     launch: as of `stages.run_stage`. consented: the people in the photos have agreed, and the user need not be asked.
     """
+    if not is_utf8(str(folder.resolve())):  # neither TensorBoard nor safetensors writes there
+        raise UserError(f"the folder {folder} has a name that is not text in UTF-8", hint="choose another folder with --out FOLDER")
     if config.prior_rate and not class_photos and not (RunDir(folder).others / "manifest.jsonl").exists():
         raise UserError(f"prior_rate is {config.prior_rate}, and there are no photos of others to train on", hint="give some with --class-photos")
     if config.hf_repo_id and not RunDir(folder).lora.exists():
@@ -149,7 +153,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
     for taken_into, source in sources.items():
         _check_source(source, taken_into, folder)
-    if not (folder / "manifest.jsonl").exists():
+    if not RunDir(folder).begun:
         stages.load("train.export", "check_model")(config)
     agreed = consent.obtain(config, RunDir(folder), consented)
     run_dir = RunDir.create(folder, config)

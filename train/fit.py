@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lorabooth import __version__
 from lorabooth.attention import choose_kernel
-from lorabooth.checkpoints import start_of
+from lorabooth.checkpoints import folders, start_of
 from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, compute_device
 from lorabooth.errors import UserError, out_of_memory
@@ -49,9 +49,17 @@ LOG_EVERY = 10
 
 def run(run_dir: RunDir) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
+    if not finished(run_dir):
+        _train(run_dir)
+    elif not run_dir.lora.exists() and any(_missing(run_dir, run_dir.config.steps)):  # an interruption came between the last checkpoint and these
+        try:
+            _train(run_dir)
+        except (UserError, OSError) as error:  # the LoRA is trained all the same
+            note(f"the last preview and held-out loss are missing: {error.message if isinstance(error, UserError) else error}")
+
+
+def _train(run_dir: RunDir) -> None:
     config = run_dir.config
-    if finished(run_dir) and (run_dir.lora.exists() or not any(_missing(run_dir, config.steps))):
-        return
     device = compute_device()
     family = load_family(config.model)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(config.tracker_names) or None, project_dir=run_dir.path / "tensorboard")
@@ -166,7 +174,7 @@ def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -
     spec = LoraSpec.of(config)
     if config.lora_init != "pissa":
         return spec.attach(transformer, config.seed)
-    if run_dir.lora_start.exists():
+    if run_dir.lora_start.exists() or folders(run_dir):
         return spec.attach(transformer, config.seed, start_of(run_dir))
     parameters = spec.attach(transformer, config.seed)
     write_durable(run_dir.lora_start, save({name: t.float().contiguous().cpu() for name, t in tensors(transformer).items()}))

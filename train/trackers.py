@@ -1,7 +1,6 @@
 """A run's figures and previews for TensorBoard, Weights & Biases and trackio, by accelerate's trackers; metrics.jsonl has the figures in any case."""
 
 import hashlib
-import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -44,7 +43,7 @@ def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None
 
 def identity(run_dir: RunDir) -> str:
     """What a tracker knows the run by when it goes on. The folder may be used anew for another run: the time its photos were taken in tells them apart."""
-    return hashlib.sha256(os.fsencode(f"{run_dir.path.resolve()} {(run_dir.path / 'manifest.jsonl').stat().st_mtime_ns}")).hexdigest()[:16]
+    return hashlib.sha256(f"{run_dir.path.resolve()} {(run_dir.path / 'manifest.jsonl').stat().st_mtime_ns}".encode()).hexdigest()[:16]
 
 
 def log_pictures(accelerator: Accelerator, step: int, pictures: dict[str, Image.Image]) -> None:
