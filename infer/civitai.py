@@ -93,7 +93,7 @@ class Civitai:
         hashes, size = file.get("hashes"), file.get("sizeKB")
         sha256 = str(hashes.get("SHA256") or "").lower() if isinstance(hashes, dict) else ""
         url = str(file.get("downloadUrl") or f"{base}/api/download/models/{number}")
-        return CivitaiFile(number, str(file.get("name", "")), url, sha256, int(size * 1024) if isinstance(size, int | float) else 0)
+        return CivitaiFile(number, str(file.get("name", "")), url, sha256, int(size * 1024) if isinstance(size, int | float) and 0 <= size < 1e12 else 0)
 
 
 def _list(value: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -52,7 +52,13 @@ def _file_entries(file: BinaryIO, source: Path, leave_out: Path) -> Iterator[lis
 def _folder_entries(source: Path, leave_out: Path) -> list[Entry]:
     budget = Budget(source)
     found: list[Entry] = []
-    for folder, subfolders, files in os.walk(source):
+
+    def left_out(folder: Path, reason: str) -> None:
+        found.append(Entry(folder.relative_to(source).as_posix(), partial(_refuse, reason)))
+
+    for folder, subfolders, files in os.walk(source, onerror=lambda error: left_out(Path(error.filename), f"cannot be read ({error.strerror})")):
+        for linked in [name for name in subfolders if Path(folder, name).is_symlink()]:
+            left_out(Path(folder, linked), "is a link to a folder, which is not followed")
         # A run lies inside the photos with `lorabooth train .`; its pictures are copies of ours.
         subfolders[:] = [name for name in subfolders if not is_system_file(name) and not _is_run(Path(folder, name), leave_out)]
         paths = [Path(folder, name) for name in files if not is_system_file(name)]
@@ -62,8 +68,12 @@ def _folder_entries(source: Path, leave_out: Path) -> list[Entry]:
     return found
 
 
+def _refuse(reason: str) -> bytes:
+    raise LeftOut(reason)
+
+
 def _is_run(folder: Path, leave_out: Path) -> bool:
-    return (folder / "manifest.jsonl").exists() or folder.resolve() == leave_out
+    return os.path.exists(folder / "manifest.jsonl") or folder.resolve() == leave_out  # also where it may not be looked into
 
 
 def _read_file(path: Path, budget: Budget) -> bytes:

@@ -47,7 +47,7 @@ def model_card(run_dir: RunDir, repository: str, samples: Sequence[str] = ()) ->
         "version": __version__,
         "facts": facts(run_dir, config),
         "measure": measured.get("by"),
-        "scores": [(name, f"{score:.2f}") for name, score in measured.get("scores", {}).items()],
+        "scores": [(name, f"{score:.2f}") for name, score in measured.get("scores", {}).items() if isinstance(score, int | float)],
         "notice": NOTICE if licence.duties else "",
         "licence": licence,
         "duties": "; to ".join(licence.duties),
@@ -98,7 +98,7 @@ def facts(run_dir: RunDir, config: TrainConfig) -> list[tuple[str, str]]:
         + (f", of CLIP {config.text_encoder_lr_ratio:g} times that" if config.train_text_encoder and chosen != "prodigy" else ""),
         "averaged weights": f"EMA {config.ema_decay:g}" if config.ema_decay else "no",
         "seed": f"{config.seed}",
-        "memory plan": plans[-1]["plan"] if plans else "",
+        "memory plan": plans[-1].get("plan") if plans else "",
         "machine": device,
     }
     return [(name, str(value).replace("|", "\\|")) for name, value in found.items() if value]

@@ -70,15 +70,15 @@ MACHINE_FAILURES = {
 }
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells have it
+EXIT_INTERRUPTED = 130
 
 
 class Terminated(BaseException):
-    """SIGTERM (kill, docker stop) came; raised so that what is begun is tidied up."""
+    """SIGTERM (kill, docker stop) or SIGHUP (a terminal that was closed) came; raised so that what is begun is tidied up."""
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _terminate(number: int, _: object) -> None:
+    raise Terminated(number)
 
 
 class LazyGroup(click.Group):
@@ -144,13 +144,15 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
     _open_streams()
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, _terminate)
     try:
         return _guarded(work, arguments)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> int:
@@ -177,11 +179,13 @@ def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> i
         # click makes an Abort of an interruption; a command that cannot go on has said what became of its work.
         said = str(error.__cause__ or error)
         return _fail(said or "interrupted; run the same command again to go on", code=EXIT_INTERRUPTED)
-    except Terminated:
-        return EXIT_TERMINATED
+    except Terminated as error:
+        return 128 + int(error.args[0])  # as shells have it
     except BrokenPipeError:
         return _reader_gone()
     except OSError as error:
+        if "No usable temporary directory" in str(error):
+            return _fail("lorabooth: there is no folder for temporary files that can be written to", "set TMPDIR to one")
         if error.errno not in MACHINE_FAILURES:
             raise
         what, hint = MACHINE_FAILURES[error.errno]

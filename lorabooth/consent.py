@@ -53,7 +53,10 @@ def recorded(run_dir: RunDir) -> Consent | None:
     """The consent of a run; None where it needed none."""
     record = run_dir.read_json("consent.json")
     try:
-        return Consent(**record) if record else None
+        found = Consent(**record) if record else None
+        if found and not all(isinstance(value, str) for value in vars(found).values()):
+            raise TypeError
+        return found
     except TypeError:
         raise UserError(f"{run_dir.path / 'consent.json'} is damaged", hint="delete that file, then run the same command again with --consent") from None
 

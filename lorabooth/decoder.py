@@ -93,7 +93,15 @@ def _started(memory_bytes: int) -> subprocess.Popen[bytes]:
     # glibc reserves addresses for each thread of a decoder, which on a large machine would use up the limit.
     environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
     # In a session of its own, so that Ctrl-C is for the command alone.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_BYTES, env=environment, start_new_session=True)
+
+    def start(pipe_bytes: int) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, pipesize=pipe_bytes, env=environment, start_new_session=True)
+
+    try:
+        process = start(PIPE_BYTES)
+    except PermissionError:  # a user whose pipes hold as much as they may
+        process = start(-1)
     assert process.stdout
     if process.stdout.read(1) != b"+":
         raise RuntimeError(f"the decoder did not start (exit code {process.wait()})")
@@ -150,7 +158,9 @@ def main() -> None:
     """Answer requests until there are none."""
     memory_bytes = int(sys.argv[1])
     if sys.platform == "linux":  # elsewhere the limit is refused, or taken and not kept
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        allowed = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the photo
     # What the libraries print must not get between the frames, nor into the terminal.
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

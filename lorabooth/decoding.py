@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pillow_heif
-from PIL import AvifImagePlugin, ExifTags, Image, ImageChops, ImageCms
+from PIL import AvifImagePlugin, ExifTags, Image, ImageChops, ImageCms, PngImagePlugin
 
 from lorabooth import zips
 from lorabooth.entry import LeftOut
@@ -44,6 +44,8 @@ PICTURE_FAULTS = (
     Image.DecompressionBombError,
 )
 
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
+"""Unpacked; Pillow has 1 MiB, which what programs write into PNGs, and colour profiles, may be over. The process's memory is limited in any case."""
 DNG_VERSION = 50706
 """The TIFF tag that tells a raw picture."""
 
@@ -65,7 +67,7 @@ class Decoded:
 
     image: Image.Image
     opacity: Image.Image | None
-    """L of the picture's size; None where nothing is transparent."""
+    """L of the picture's size; None where nothing is transparent. All 0 where everything is."""
     changes: tuple[str, ...]
     """What had to be ignored, as ends of a sentence about the file."""
 
@@ -153,17 +155,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _opacity(image: Image.Image) -> Image.Image | None:
-    """How opaque each pixel is (L); None where all of them are, or none is."""
+    """How opaque each pixel is (L); None where all of them are."""
     if image.mode != "RGBA":
         return None
     alpha = image.getchannel("A")
-    return None if alpha.getextrema() in ((255, 255), (0, 0)) else alpha
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The picture without transparency: on white."""
+    """The picture without transparency: on white; its colours alone where there is nothing else of it."""
     if image.mode != "RGBA":
         return image
+    if not image.getchannel("A").getextrema()[1]:
+        return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -171,12 +175,17 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """The picture in sRGB. Raises ValueError, OSError or PyCMSError where the profile is broken or of another colour space."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
-    if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+    if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not _is_grey(image)):
         raise ValueError("the profile is not for this picture's colours")
     perceptual = ImageCms.Intent.PERCEPTUAL
     converted = ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), perceptual, outputMode="RGB")
     assert converted is not None  # only in-place conversion returns nothing
     return converted
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, *others = image.split()
+    return not any(ImageChops.difference(red, other).getbbox() for other in others)
 
 
 def png(image: Image.Image) -> bytes:

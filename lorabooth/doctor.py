@@ -95,7 +95,10 @@ def flux_dev_in_cache() -> str:
     wanted = {name: _cached(name) for name in (*FLUX_DEV_FILES, *FLUX_DEV_INDEXES)}
     for name in FLUX_DEV_INDEXES:
         if index := wanted[name]:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, LookupError, TypeError, AttributeError):
+                return "partial"
             folder = name.split("/")[0]
             wanted |= {f"{folder}/{shard}": _cached(f"{folder}/{shard}") for shard in shards}
     if all(wanted.values()):

@@ -15,6 +15,7 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.home import expanded
 
+NOT_THE_HUB = "see whether this network wants a login first, and what HF_ENDPOINT and the proxy are set to"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ACCOUNTS = ("wandb_project", "wandb_run", "wandb_entity")
 """Settings of a recipe that name the user's accounts elsewhere, and are nobody else's business."""
@@ -142,6 +143,8 @@ def explained(
         raise Unreachable(
             f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; files that arrived whole are kept"
         ) from None
+    except (ValueError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
+        raise Unreachable(f"what answers for {repository} is not the hub", hint=NOT_THE_HUB) from None
 
 
 def _refused(repository: str, status: int) -> UserError:

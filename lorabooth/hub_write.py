@@ -1,5 +1,6 @@
 """The one place where a failure to write to the hub becomes a sentence."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,10 @@ def writing(repository: str) -> Iterator[None]:
         raise _refused(repository, error.response.status_code, again) from None
     except UnicodeEncodeError:  # in the header that carries it
         raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
+        raise Broken(
+            "what answers is not the hub", hint="see whether this network wants a login first, and what HF_ENDPOINT and the proxy are set to"
+        ) from None
     except ValueError as error:  # what the hub finds wrong with the card, and what its storage says of a file
         raise UserError(f"the hub refuses what is pushed to {repository}: {' '.join(str(error).split())[:300]}") from None
     except (HTTPError, OSError, RuntimeError) as error:  # the last two are how hf_xet, which carries large files where it is installed, fails

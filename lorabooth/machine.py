@@ -137,7 +137,7 @@ def nvidia_driver() -> Driver:
         return Driver(version=None)
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return Driver(version=None, error=f"nvidia-smi did not answer in {NVIDIA_SMI_SECONDS} s")
     rows = [line.split(", ", 1) for line in answer.stdout.splitlines() if ", " in line]

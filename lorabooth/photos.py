@@ -186,6 +186,8 @@ class _Intake:
         """Key -> name of the text file, text."""
         self.masks: dict[str, tuple[str, Image.Image]] = {}
         """Key -> name of the mask, its picture."""
+        self.cut_out: list[tuple[str, str]] = []
+        """Name and key of photos that are transparent in part."""
         self.notes: list[str] = []
         self.left_out: list[tuple[str, str]] = []
         self.texts = 0
@@ -203,11 +205,11 @@ class _Intake:
         try:
             data = entry.read()
             if is_text:
-                self._add_caption(name, _stem_key(entry.name), data)
+                self._add_caption(name, _stem(entry.name), data)
             elif _is_mask(entry.name):
-                self._add_mask(name, _stem_key(entry.name).removesuffix(".mask"), data)
+                self._add_mask(name, _stem(entry.name)[: -len(".mask")], data)
             else:
-                self._add_photo(name, _stem_key(entry.name), data)
+                self._add_photo(name, _stem(entry.name), data)
         except LeftOut as reason:
             self.leave_out(name, str(reason))
             if not is_text:
@@ -230,9 +232,11 @@ class _Intake:
         file = f"{len(self.photos) + 1:05d}.png"
         write_durable(self.folder / file, stored)
         photo = Photo(file, name, image.width, image.height, digest, None)
-        if decoded.opacity is not None:
+        if decoded.opacity is not None and not decoded.opacity.getextrema()[1]:
+            self.notes.append(f"{name} is transparent everywhere: its colours are taken as they are")
+        elif decoded.opacity is not None:
             photo = self._masked(photo, decoded.opacity)
-            self.notes.append(f"{name} is transparent in part, which is not trained on")
+            self.cut_out.append((name, key))
         self.photos.append((photo, key))
         self.notes += [f"{name} {change}" for change in decoded.changes]
 
@@ -261,6 +265,7 @@ class _Intake:
 
     def manifest(self) -> Manifest:
         """The photos with their captions, and the notes."""
+        self._find_like_names()
         for found in (self.captions, self.masks):
             self._hand_over(found)
         photos = [replace(self._with_own_mask(photo, key), caption=self.captions.get(key, ("", None))[1]) for photo, key in self.photos]
@@ -268,9 +273,23 @@ class _Intake:
         for key, (name, _) in [*self.masks.items(), *self.captions.items()]:
             if key not in users:
                 self.leave_out(name, "has no photo of its name")
+        self.notes += [f"{name} is transparent in part, which is not trained on" for name, key in self.cut_out if key not in self.masks]
         shared = [f"{name} is the caption of {users[key]} photos of its name" for key, (name, _) in self.captions.items() if users[key] > 1]
         few = [few_note(len(photos))] if len(photos) <= FEW_PHOTOS else []
         return Manifest(tuple(photos), (*self.notes, *shared, *few), tuple(self.left_out))
+
+    def _find_like_names(self) -> None:
+        """Let names that differ only by case, or by how letters are composed, be one, unless that makes captions or masks of several."""
+        ambiguous = {like for found in (self.captions, self.masks) for like, count in Counter(map(_alike, found)).items() if count > 1}
+
+        def key(stem: str) -> str:
+            like = _alike(stem)
+            return stem if like in ambiguous else like
+
+        self.photos, self.cut_out = [(photo, key(stem)) for photo, stem in self.photos], [(name, key(stem)) for name, stem in self.cut_out]
+        self.captions = {key(stem): found for stem, found in self.captions.items()}
+        self.masks = {key(stem): found for stem, found in self.masks.items()}
+        self._twins = {key(stem): key(kept) for stem, kept in self._twins.items()}
 
     def _hand_over(self, found: dict[str, Any]) -> None:
         """Give what belongs to a picture that came again to the one that was taken, unless that has its own."""
@@ -307,10 +326,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
-def _stem_key(name: str) -> str:
-    """What a photo shares with its caption: folder and name without ending, whatever the case and the way accents are written."""
-    path = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
-    return str(path.parent / path.stem).casefold()
+def _stem(name: str) -> str:
+    """What a photo shares with its caption: folder and name without ending."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return str(path.parent / path.stem)
+
+
+def _alike(stem: str) -> str:
+    """The same whatever the case and the way accents are written."""
+    return unicodedata.normalize("NFC", stem).casefold()
 
 
 def _caption(data: bytes) -> str:

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from lorabooth import __version__, card, hub, xmp
 from lorabooth.errors import UserError
 from lorabooth.hub_write import PAUSE_SECONDS, Broken, Offline, writing
+from lorabooth.lora_file import LoraFile
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 
@@ -53,6 +54,8 @@ class Push:
         """What is recorded; None where the run was never pushed."""
         try:
             record = run_dir.read_json(RECORD)
+            if record and not isinstance(record.get("repository"), str):
+                raise TypeError
             return cls(**record | {"earlier": tuple(record.get("earlier", ()))}) if record else None
         except (UserError, TypeError, AttributeError):
             raise UserError(f"{run_dir.path / RECORD} is damaged", hint="remove it, and name the repository: lorabooth push RUN OWNER/NAME --force") from None
@@ -81,6 +84,7 @@ def push(run_dir: RunDir, repository: str, private: bool = False, force: bool = 
     if not run_dir.lora.exists():
         raise UserError(f"{run_dir.path} has no LoRA yet: its training has not ended", hint="run the same lorabooth train command again to go on")
     check_name(repository)
+    LoraFile.read(run_dir.lora)
     before = Push.of(run_dir)
     mark = Push.started(before, repository, private)
     mark.record(run_dir)
@@ -114,7 +118,7 @@ def check(repository: str) -> "HfApi":
     api = HfApi(library_name="lorabooth", library_version=__version__)
     with writing(repository):
         owner = api.whoami()
-    names = [owner["name"], *(organisation["name"] for organisation in owner.get("orgs", []))]
+        names = [owner["name"], *(organisation["name"] for organisation in owner.get("orgs", []))]
     wanted = repository.split("/")[0]
     if wanted.lower() not in (name.lower() for name in names):
         raise UserError(f"the token is of {owner['name']}, who cannot write to what belongs to {wanted}", hint=f"push to {owner['name']}/NAME")
@@ -134,7 +138,7 @@ def files(run_dir: RunDir, repository: str) -> dict[str, Any]:
             continue
         try:
             samples[f"samples/{i}.png"] = _sample(picture.read_bytes(), card.prompt_of(config, i), config.model)
-        except OSError:  # Pillow's, for what is no whole picture
+        except (OSError, SyntaxError):  # Pillow's, for what is no whole picture
             note(f"{picture.name} is damaged, and not pushed")
     recipe = {name: value for name, value in hub.public_recipe(config).items() if value is not None}
     return {

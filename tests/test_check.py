@@ -1,6 +1,7 @@
 """The check of photos: each fault made on purpose is found, and no other; what it writes is safe; nothing of the user's is touched."""
 
 import errno
+import io
 import json
 import re
 import shutil
@@ -263,6 +264,18 @@ def test_a_cleaned_copy_holds_what_is_good_and_the_original_stays(good: Files, t
     assert len(again.photos) == 3 and again.left_out == () and again.photos[0].mask_sha256 and again.photos[0].caption
 
 
+def test_of_two_alike_the_sharp_one_is_kept_however_small(good: Files, zipped: Callable[[Files], Path]):
+    with Image.open(io.BytesIO(good["beach.png"])) as image:
+        larger = image.filter(ImageFilter.GaussianBlur(9)).resize((image.width + 40, image.height + 40))
+    report = report_on(zipped({"beach.png": good["beach.png"], "chat.png": encoded(larger)}))
+    assert {(code, files) for code, files in found(report) if code == "near_duplicate"} == {("near_duplicate", ("chat.png",))}
+
+
+def test_a_caption_commands_no_terminal(good: Files, zipped: Callable[[Files], Path]):
+    report = report_on(zipped({"beach.png": good["beach.png"], "beach.txt": b"\x1b[31mRED\x1b]0;x\x07 caption"}))
+    assert all(line.isprintable() for line in "\n".join(report.lines()).splitlines()), "what a stranger wrote is shown as text"
+
+
 @pytest.mark.parametrize(
     ("place", "message"), [("there", "exists already"), ("better.zip", "name of an archive"), ("photos/better", "is inside"), ("photos", "exists already")]
 )
@@ -296,6 +309,9 @@ def test_a_run_is_checked_by_its_own_recipe_and_captions(good: Files, zipped: Ca
     run.captions.mkdir()
     (run.captions / "00002.txt").write_text("nobody is named")
     before = sorted(path.relative_to(run.path) for path in run.path.rglob("*"))
+    main(["check", str(run.path), "--fix", str(tmp_path / "better")])
+    assert [file.read_text() for file in sorted((tmp_path / "better").glob("00002*.txt"))] == ["nobody is named"]
+    capsys.readouterr()
     main(["check", str(run.path), "--json"])
     assert [(f["code"], f["files"]) for f in json.loads(capsys.readouterr().out)["findings"]] == [("no_trigger", ["00002.png"])]
     assert sorted(path.relative_to(run.path) for path in run.path.rglob("*")) == before

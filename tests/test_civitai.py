@@ -103,6 +103,12 @@ def test_an_answer_of_civitai_in_another_shape_is_one_sentence(site: LoraServer,
     problem(store, "https://civitai.com/models/12?modelVersionId=33")
 
 
+@pytest.mark.parametrize("size", [1e308, float("inf"), float("nan"), -1])
+def test_a_size_of_civitai_that_is_none_does_not_count(site: LoraServer, store: LoraStore, size: float):
+    civitai_pages(site, files=[{"type": "Model", "name": "a.safetensors", "sizeKB": size}])
+    assert data_of(store, "https://civitai.com/models/12?modelVersionId=33") == LORA
+
+
 def test_a_passing_failure_of_civitai_is_waited_out(site: LoraServer, store: LoraStore):
     civitai_pages(site)
     for path in ("/api/v1/models/12", "/api/v1/model-versions/33", "/api/download/models/33"):

@@ -38,6 +38,7 @@ def test_a_mask_of_its_own_wins_over_transparency_and_may_be_transparent_itself(
     mask.putalpha(half())
     manifest, _ = ingested(tmp_path, {"me.png": encoded(photo), "me.mask.png": encoded(mask)})
     assert np.array_equal(mask_of(tmp_path, manifest.photos[0]), np.asarray(half()))
+    assert not any("transparent" in note for note in manifest.notes)
 
 
 def test_a_mask_is_turned_like_its_photo(tmp_path: Path):
@@ -54,10 +55,11 @@ def test_a_mask_is_turned_like_its_photo(tmp_path: Path):
     ("mask", "said"),
     [
         (encoded(Image.new("L", (32, 20), 0)), "me.mask.png is all black: nothing of its photo would be learned: left out"),
+        (encoded(Image.new("RGBA", (32, 20), (255, 255, 255, 0))), "me.mask.png is all black: nothing of its photo would be learned: left out"),
         (encoded(half((20, 32))), "me.mask.png has another shape than its photo (20 x 32 px, not 32 x 20): left out"),
         (b"no picture", "me.mask.png is damaged or not a picture: left out"),
     ],
-    ids=["black", "shape", "damaged"],
+    ids=["black", "transparent", "shape", "damaged"],
 )
 def test_a_mask_that_cannot_be_used_is_noted_and_the_photo_stays(tmp_path: Path, mask: bytes, said: str):
     manifest, _ = ingested(tmp_path, {"me.png": encoded(corners()), "me.mask.png": mask})

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_photos import corners, encoded, ingested, one
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 
 from lorabooth import photos
 from lorabooth.errors import UserError
@@ -82,8 +82,43 @@ def test_transparency_is_flattened_on_white(tmp_path: Path):
     palette.putpixel((0, 0), 0)
     _, (image,) = ingested(tmp_path, {"p.png": encoded(palette, transparency=1)}, "palette")
     assert np.asarray(image)[0, :2].tolist() == [[255, 0, 0], [255, 255, 255]]
-    _, (grey,) = ingested(tmp_path, {"la.png": encoded(Image.new("LA", (4, 4), (0, 0)))}, "grey")
-    assert grey.getpixel((0, 0)) == (255, 255, 255)
+    _, (grey,) = ingested(tmp_path, {"la.png": encoded(Image.new("LA", (4, 2), (0, 0)).copy())}, "grey")
+    assert grey.getpixel((0, 0)) == (0, 0, 0), "nothing else is left of it"
+
+
+def test_a_picture_that_is_transparent_everywhere_is_its_colours(tmp_path: Path):
+    manifest, (image,) = ingested(tmp_path, {"a.png": encoded(Image.new("RGBA", (16, 16), (200, 10, 10, 0)))})
+    assert image.getpixel((5, 5)) == (200, 10, 10) and manifest.photos[0].mask_sha256 is None
+    assert "a.png is transparent everywhere: its colours are taken as they are" in manifest.notes
+
+
+def test_a_grey_profile_takes_no_colour_from_a_coloured_photo(tmp_path: Path):
+    grey = exchanged_profile().replace(b"RGB XYZ", b"GRAYXYZ")
+    manifest, (image,) = ingested(tmp_path, {"a.png": encoded(Image.new("RGB", (16, 16), (200, 10, 10)), icc_profile=grey)})
+    assert image.getpixel((5, 5)) == (200, 10, 10) and any("colour profile that cannot be used" in note for note in manifest.notes)
+
+
+def test_texts_in_a_png_do_not_cost_the_photo(tmp_path: Path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Raw profile type xmp", "0123456789abcdef" * 80_000, zip=True)
+    assert np.array_equal(np.asarray(one(tmp_path, encoded(corners(), pnginfo=texts))), np.asarray(corners()))
+
+
+def test_folders_that_are_not_gone_into_are_named(tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encoded(corners()))
+    (tmp_path / "photos" / "trip").symlink_to(tmp_path / "elsewhere")
+    manifest = ingest(tmp_path / "photos", tmp_path / "run")
+    assert len(manifest.photos) == 1 and manifest.left_out == (("trip", "is a link to a folder, which is not followed"),)
+
+
+def test_each_photo_has_the_caption_of_its_exact_name_where_several_are_alike(tmp_path: Path):
+    names = {"A": "cap A", "a": "cap a", "Stra\u00dfe": "sharp", "strasse": "double", "u\u0308": "two", "\u00fc": "one"}
+    files = {f"{name}.png": encoded(Image.new("RGB", (16, 16), (i * 9, 0, 0))) for i, name in enumerate(names)}
+    files |= {f"{name}.txt": text.encode() for name, text in names.items()}
+    manifest, _ = ingested(tmp_path, files)
+    assert {photo.original.removesuffix(".png"): photo.caption for photo in manifest.photos} == names and not manifest.left_out
 
 
 def exchanged_profile() -> bytes:
@@ -189,12 +224,12 @@ def test_captions_that_cannot_be_used_are_noted(tmp_path: Path):
     files = {f"{name}.png": encoded(Image.new("RGB", (16, 16), (i * 9, 0, 0))) for i, name in enumerate("abcde")}
     files |= {"a.txt": "Café".encode("latin-1"), "b.txt": b" \n", "c.txt": b"x" * 70_000, "readme.txt": b"hello", "d.txt": b"d", "D.txt": b"other d"}
     manifest, _ = ingested(tmp_path, files)
-    assert [photo.caption for photo in manifest.photos if photo.caption] == ["other d"]
+    assert [photo.caption for photo in manifest.photos if photo.caption] == ["d"]
     assert sorted(manifest.notes) == [
+        "D.txt has no photo of its name: left out",
         "a.txt is not UTF-8 text: left out",
         "b.txt is an empty caption: left out",
         "c.txt is over 64 KiB, too long for a caption: left out",
-        "d.txt has the name of another caption, D.txt: left out",
         "readme.txt has no photo of its name: left out",
     ]
 

@@ -1,9 +1,14 @@
 """A run on its way to the hub, by huggingface_hub's own client against a stand-in: what goes up, what never does, and what happens when it breaks."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -112,6 +117,60 @@ def test_what_cannot_be_pushed_is_one_sentence(name: str, token: str, failure: F
     assert done.returncode == 2 and words in said[0] and len(said) <= 2, done.stderr
     assert not hub.commits and not done.stdout
     assert (run.path / "pushed.json").exists() == ("not a name" not in words)
+
+
+@pytest.mark.parametrize("damage", ["cut", "junk"])
+def test_a_damaged_lora_is_not_pushed(damage: str, hub: PushServer, run: RunDir):
+    run.lora.write_bytes(run.lora.read_bytes()[:-100] if damage == "cut" else b"junk")
+    done = pushed(hub, str(run.path), "me/tok")
+    assert done.returncode == 2 and ("cut short" if damage == "cut" else "not a safetensors file") in done.stderr and not hub.commits
+
+
+def test_damaged_pictures_and_records_are_no_traceback(hub: PushServer, run: RunDir):
+    picture = run.samples / "step-000004-0.png"
+    data = bytearray(picture.read_bytes())
+    data[data.index(b"IDAT") - 6] ^= 64
+    picture.write_bytes(data)
+    (run.path / "likeness.json").write_text('{"scores": {"face": null}}')
+    run.log(event="plan", step=3)
+    done = pushed(hub, str(run.path), "me/tok")
+    assert done.returncode == 0 and "is damaged, and not pushed" in done.stderr, done.stderr
+    (run.path / "pushed.json").write_text('{"repository": 5, "private": false}')
+    done = pushed(hub, str(run.path))
+    assert done.returncode == 2 and "pushed.json is damaged" in done.stderr
+    (run.path / "consent.json").write_text('{"statement": 1, "given": 2, "way": 3}')
+    done = pushed(hub, str(run.path), "me/other")
+    assert done.returncode == 2 and "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("body", ["<html>login</html>", "{}", "[]", "null", ""])
+def test_what_is_not_the_hub_is_said(body: str, run: RunDir, tmp_path: Path):
+    """A network that wants a login first, or a wrong HF_ENDPOINT."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ours = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_TOKEN": GOOD_TOKEN,
+            "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        for command in (["push", str(run.path), "me/tok"], ["pull", "me/tok", "--out", str(tmp_path / "x.safetensors")]):
+            done = subprocess.run([sys.executable, "-m", "lorabooth", *command], capture_output=True, text=True, env=os.environ | ours)
+            assert done.returncode == 2 and "Traceback" not in done.stderr and ("is not the hub" in done.stderr or "no LoRA" in done.stderr), done.stderr
+        server.shutdown()
 
 
 def test_without_network_one_sentence_says_so(hub: PushServer, run: RunDir):

@@ -1,6 +1,7 @@
 """What the LoRA must leave alone: items that preserve, and their twins that learn."""
 
 import random
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ def test_the_class_phrase_stands_where_the_trigger_stood():
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_what_preserves_aims_at_the_base_and_leaves_the_weights_alone(run: RunDir, init: str):
     config = run.config.model_copy(update={"preservation_rate": 0.3, "lora_init": init, "lora_dropout": 0.1})
+    shutil.rmtree(run.checkpoints)  # of another recipe
     run._write_config(config)
     encode.run(run)
     trainer = trainer_of(run)

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from lorabooth import errors
 from lorabooth.captions import PLACEHOLDER, has_trigger, one_line
 from lorabooth.check import limits
 from lorabooth.check.findings import Finding
@@ -58,5 +59,5 @@ def _words(text: str) -> list[str]:
 
 def _short(caption: str) -> str:
     """A caption in a message: one line, 60 characters."""
-    line = one_line(caption)
+    line = errors.one_line(one_line(caption))
     return line if len(line) <= 60 else line[:59] + "…"

@@ -29,18 +29,18 @@ def write_copy(folder: Path, report: Report, out: Path) -> int:
     Captions and masks lie beside them. No metadata is among it.
     """
     twice = {finding.files[0] for finding in report.findings if finding.code == "near_duplicate"}
-    kept = [checked.photo for checked in report.photos if checked.photo.file not in twice]
+    kept = [checked for checked in report.photos if checked.photo.file not in twice]
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        for photo in kept:
-            stem = _stem(photo)
+        for checked in kept:
+            photo, stem = checked.photo, _stem(checked.photo)
             write_durable(part / f"{stem}.png", (folder / "photos" / photo.file).read_bytes())
             if photo.mask_sha256:
                 write_durable(part / f"{stem}.mask.png", (folder / "photos" / photo.mask_file).read_bytes())
-            if photo.caption is not None:
-                write_durable(part / f"{stem}.txt", photo.caption.encode())
+            if checked.caption is not None:
+                write_durable(part / f"{stem}.txt", checked.caption.encode())
         publish(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -16,8 +16,13 @@ def of_people(photos: Sequence[Checked]) -> bool:
 
 
 def near_duplicates(photos: Sequence[Checked]) -> Iterator[Finding]:
-    """A finding for each photo that looks like a better one; the best of them, the largest and sharpest, has none."""
-    best_first = sorted(photos, key=lambda checked: (-checked.photo.width_px * checked.photo.height_px, -checked.measures.sharpness))
+    """A finding for each photo that looks like a better one; the best of them, the largest of the sharp ones, has none."""
+
+    def worse(checked: Checked) -> tuple[bool, int, float]:
+        sharpness = checked.measures.sharpness
+        return sharpness < limits.SHARPNESS, -checked.photo.width_px * checked.photo.height_px, -sharpness
+
+    best_first = sorted(photos, key=worse)
     kept: list[Checked] = []
     for checked in best_first:
         like = next((other for other in kept if _alike(checked.measures, other.measures)), None)
