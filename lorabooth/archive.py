@@ -57,10 +57,10 @@ def _folder_entries(source: Path, leave_out: Path) -> list[Entry]:
         found.append(Entry(folder.relative_to(source).as_posix(), partial(_refuse, reason)))
 
     for folder, subfolders, files in os.walk(source, onerror=lambda error: left_out(Path(error.filename), f"cannot be read ({error.strerror})")):
-        for linked in [name for name in subfolders if Path(folder, name).is_symlink()]:
-            left_out(Path(folder, linked), "is a link to a folder, which is not followed")
         # A run lies inside the photos with `lorabooth train .`; its pictures are copies of ours.
         subfolders[:] = [name for name in subfolders if not is_system_file(name) and not _is_run(Path(folder, name), leave_out)]
+        for linked in [name for name in subfolders if Path(folder, name).is_symlink()]:
+            left_out(Path(folder, linked), "is a link to a folder, which is not followed")
         paths = [Path(folder, name) for name in files if not is_system_file(name)]
         found += [Entry(path.relative_to(source).as_posix(), partial(_read_file, path, budget)) for path in paths]
         if len(found) > entry.ENTRIES_LIMIT:

@@ -44,8 +44,9 @@ PICTURE_FAULTS = (
     Image.DecompressionBombError,
 )
 
+# Unpacked. Pillow has 1 MiB, over which what programs write into PNGs, and colour profiles, may be; the memory of the process is limited in any case.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
-"""Unpacked; Pillow has 1 MiB, which what programs write into PNGs, and colour profiles, may be over. The process's memory is limited in any case."""
+
 DNG_VERSION = 50706
 """The TIFF tag that tells a raw picture."""
 

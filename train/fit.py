@@ -241,8 +241,12 @@ def _loop(trainer: Trainer) -> None:
     pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
     average, alone = math.nan, trainer.accelerator.num_processes == 1
     looking = main or trainer.plan.shards > 1
-    if looking:  # at the first step, or where the last session ended between its checkpoint and these
-        held_out, pictures = gather_object([_missing(trainer.run, state.step)])[0] if trainer.plan.shards > 1 else _missing(trainer.run, state.step)
+    if looking:
+        held_out, pictures = _due(config, 0)
+        if state.step:  # the last session may have ended between its checkpoint and these
+            held_out, pictures = _missing(trainer.run, state.step)
+            if trainer.plan.shards > 1:  # all make them, or none
+                held_out, pictures = gather_object([(held_out, pictures)])[0]
         if pictures:
             preview(trainer)
         if held_out:
