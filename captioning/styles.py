@@ -53,7 +53,7 @@ def prompt_of(config: TrainConfig) -> Prompt:
     if style and not prefix:
         seen = "A picture showing"
     if has_trigger(prefix.replace(PLACEHOLDER, config.trigger_word), config.trigger_word):
-        template = prefix if style or re.search(whole(phrase), prefix) else f"{prefix.rstrip(' ,')}, {phrase}"
+        template = prefix if style or re.search(whole(phrase), prefix, re.IGNORECASE) else f"{prefix.rstrip(' ,.;:!?')}, {phrase}"
     else:
         template = whom if style else f"{whom}, {phrase}"
     return Prompt(instruction.format(class_phrase=phrase), opening, seen[:1].upper() + seen[1:], template)

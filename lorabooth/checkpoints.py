@@ -55,7 +55,7 @@ def start_of(run: RunDir) -> dict[str, Tensor]:
     except SafetensorError:
         raise UserError(f"{run.lora_start} is damaged", hint=hint) from None
     except FileNotFoundError:
-        raise UserError(f"{run.lora_start} is gone, with which the LoRA began", hint=hint) from None
+        raise UserError(f"{run.lora_start} is gone, with which the LoRA began", hint="start a new run with --out FOLDER") from None
 
 
 def file_dtype(config: TrainConfig) -> torch.dtype:

@@ -78,6 +78,8 @@ class Terminated(BaseException):
 
 
 def _terminate(number: int, _: object) -> None:
+    for again in (signal.SIGTERM, signal.SIGHUP):  # the terminal and the shell each send one
+        signal.signal(again, signal.SIG_IGN)
     raise Terminated(number)
 
 

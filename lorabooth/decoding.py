@@ -64,7 +64,7 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright sRGB picture of 8 bits; what was transparent in it is on white."""
+    """An upright sRGB picture of 8 bits; what was transparent in it is on white, unless all of it was."""
 
     image: Image.Image
     opacity: Image.Image | None

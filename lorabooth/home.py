@@ -21,9 +21,7 @@ def expanded(path: str | Path) -> Path:
 def cache_folder(name: str) -> Path:
     """`lorabooth/<name>` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache. Where it is not there, nor can be made, in a folder of this user's among
     those for temporary files."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return expanded(given) / "lorabooth" / name
-    folder = expanded("~/.cache") / "lorabooth" / name
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lorabooth" / name
     with suppress(OSError):
         if folder.is_absolute():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -143,6 +143,8 @@ def explained(
         raise Unreachable(
             f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; files that arrived whole are kept"
         ) from None
+    except UnicodeEncodeError:  # in the header that carries it
+        raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
     except (ValueError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
         raise Unreachable(f"what answers for {repository} is not the hub", hint=NOT_THE_HUB) from None
 

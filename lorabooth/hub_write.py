@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorabooth.errors import UserError
+from lorabooth.hub import NOT_THE_HUB
 
 PAUSE_SECONDS = 2.0
 """Before a second attempt; then doubled."""
@@ -36,10 +37,8 @@ def writing(repository: str) -> Iterator[None]:
         raise _refused(repository, error.response.status_code, again) from None
     except UnicodeEncodeError:  # in the header that carries it
         raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
-        raise Broken(
-            "what answers is not the hub", hint="see whether this network wants a login first, and what HF_ENDPOINT and the proxy are set to"
-        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
+        raise Broken("what answers is not the hub", hint=NOT_THE_HUB) from None
     except ValueError as error:  # what the hub finds wrong with the card, and what its storage says of a file
         raise UserError(f"the hub refuses what is pushed to {repository}: {' '.join(str(error).split())[:300]}") from None
     except (HTTPError, OSError, RuntimeError) as error:  # the last two are how hf_xet, which carries large files where it is installed, fails

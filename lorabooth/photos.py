@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -181,21 +181,23 @@ class _Intake:
     def __init__(self, folder: Path, decoder: Decoder):
         self.folder, self.decoder = folder, decoder
         self.photos: list[tuple[Photo, str]] = []
-        """With the key that a photo shares with its caption."""
+        """With the stem that a photo shares with its caption."""
         self.captions: dict[str, tuple[str, str]] = {}
-        """Key -> name of the text file, text."""
+        """Stem -> name of the text file, text."""
         self.masks: dict[str, tuple[str, Image.Image]] = {}
-        """Key -> name of the mask, its picture."""
+        """Stem -> name of the mask, its picture."""
         self.cut_out: list[tuple[str, str]] = []
-        """Name and key of photos that are transparent in part."""
+        """Name and stem of photos that are transparent in part."""
+        self.masked: set[str] = set()
+        """Stems of photos that have a mask of their own."""
         self.notes: list[str] = []
         self.left_out: list[tuple[str, str]] = []
         self.texts = 0
         self.rejects: list[str] = []
         self._stored: dict[str, tuple[str, str]] = {}
-        """Digest of a picture -> its name and key."""
+        """Digest of a picture -> its name and stem."""
         self._twins: dict[str, str] = {}
-        """Key of a picture that came again -> key of the one that was taken."""
+        """Stem of a picture that came again -> stem of the one that was taken."""
 
     def add(self, entry: Entry) -> None:
         """Take one entry as photo or caption, or note why not."""
@@ -265,31 +267,37 @@ class _Intake:
 
     def manifest(self) -> Manifest:
         """The photos with their captions, and the notes."""
-        self._find_like_names()
-        for found in (self.captions, self.masks):
+        for found, what in ((self.captions, "caption"), (self.masks, "mask")):
+            self._assign(found, what)
             self._hand_over(found)
-        photos = [replace(self._with_own_mask(photo, key), caption=self.captions.get(key, ("", None))[1]) for photo, key in self.photos]
-        users = Counter(key for _, key in self.photos)
-        for key, (name, _) in [*self.masks.items(), *self.captions.items()]:
-            if key not in users:
-                self.leave_out(name, "has no photo of its name")
-        self.notes += [f"{name} is transparent in part, which is not trained on" for name, key in self.cut_out if key not in self.masks]
-        shared = [f"{name} is the caption of {users[key]} photos of its name" for key, (name, _) in self.captions.items() if users[key] > 1]
+        photos = [replace(self._with_own_mask(photo, stem), caption=self.captions.get(stem, ("", None))[1]) for photo, stem in self.photos]
+        self.notes += [f"{name} is transparent in part, which is not trained on" for name, stem in self.cut_out if stem not in self.masked]
+        users = Counter(self.captions[stem][0] for _, stem in self.photos if stem in self.captions)
+        shared = [f"{name} is the caption of {count} photos of its name" for name, count in users.items() if count > 1]
         few = [few_note(len(photos))] if len(photos) <= FEW_PHOTOS else []
         return Manifest(tuple(photos), (*self.notes, *shared, *few), tuple(self.left_out))
 
-    def _find_like_names(self) -> None:
-        """Let names that differ only by case, or by how letters are composed, be one, unless that makes captions or masks of several."""
-        ambiguous = {like for found in (self.captions, self.masks) for like, count in Counter(map(_alike, found)).items() if count > 1}
-
-        def key(stem: str) -> str:
-            like = _alike(stem)
-            return stem if like in ambiguous else like
-
-        self.photos, self.cut_out = [(photo, key(stem)) for photo, stem in self.photos], [(name, key(stem)) for name, stem in self.cut_out]
-        self.captions = {key(stem): found for stem, found in self.captions.items()}
-        self.masks = {key(stem): found for stem, found in self.masks.items()}
-        self._twins = {key(stem): key(kept) for stem, kept in self._twins.items()}
+    def _assign(self, found: dict[str, Any], what: str) -> None:
+        """Key captions or masks by the stems of their pictures: the same, or else one that differs by case alone, or by how letters are composed."""
+        given, like = dict(found), defaultdict[str, list[str]](list)
+        found.clear()
+        for stem in given:
+            like[_alike(stem)].append(stem)
+        own = {stem for _, stem in self.photos}
+        taken = own & given.keys()
+        for stem in dict.fromkeys([stem for _, stem in self.photos]):
+            alike = like[_alike(stem)]
+            chosen = stem if stem in given else next((other for other in alike if other not in taken or len(alike) == 1), None)
+            if chosen:
+                found[stem] = given[chosen]
+                taken.add(chosen)
+        for stem in [stem for stem in self._twins if stem not in own]:
+            if chosen := next((other for other in (stem, *like[_alike(stem)]) if other in given and other not in taken), None):
+                found[stem] = given[chosen]
+                taken.add(chosen)
+        for stem in [stem for stem in given if stem not in taken]:
+            other = next((given[other][0] for other in like[_alike(stem)] if other in taken), None)
+            self.leave_out(given[stem][0], f"has the name of another {what}, {other}" if other else "has no photo of its name")
 
     def _hand_over(self, found: dict[str, Any]) -> None:
         """Give what belongs to a picture that came again to the one that was taken, unless that has its own."""
@@ -309,6 +317,7 @@ class _Intake:
             sizes = f"{mask.width} x {mask.height} px, not {photo.width_px} x {photo.height_px}"
             self.leave_out(name, f"has another shape than its photo ({sizes})")
             return photo
+        self.masked.add(key)
         return self._masked(photo, mask)
 
 

@@ -119,11 +119,11 @@ def check(repository: str) -> "HfApi":
     with writing(repository):
         owner = api.whoami()
         names = [owner["name"], *(organisation["name"] for organisation in owner.get("orgs", []))]
-    wanted = repository.split("/")[0]
-    if wanted.lower() not in (name.lower() for name in names):
-        raise UserError(f"the token is of {owner['name']}, who cannot write to what belongs to {wanted}", hint=f"push to {owner['name']}/NAME")
-    if (owner.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"the token of {owner['name']} may read only", hint="make one that may write at https://huggingface.co/settings/tokens")
+        wanted = repository.split("/")[0]
+        if wanted.lower() not in (name.lower() for name in names):
+            raise UserError(f"the token is of {owner['name']}, who cannot write to what belongs to {wanted}", hint=f"push to {owner['name']}/NAME")
+        if (owner.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+            raise UserError(f"the token of {owner['name']} may read only", hint="make one that may write at https://huggingface.co/settings/tokens")
     note(f"the LoRA goes to {repository} by the token of {owner['name']}")
     return api
 
@@ -185,8 +185,9 @@ def _commit(api: "HfApi", run_dir: RunDir, repository: str) -> "CommitInfo":
     message = f"{run_dir.config.trigger_word}: LoRA by lorabooth {__version__}"
 
     def commit() -> "CommitInfo":
+        operations = _operations(content)
         with writing(repository):
-            return api.create_commit(repository, _operations(content), commit_message=message)
+            return api.create_commit(repository, operations, commit_message=message)
 
     return _tried(commit)
 

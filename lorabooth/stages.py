@@ -86,14 +86,17 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
         process = subprocess.Popen([*starter, "-m", words[0], *words[1:], str(run_dir.path)], env=environment, stdout=2)
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
-    # Unlike Ctrl-C, a SIGTERM (kill, docker stop) reaches this process only; without passing it on the stage would be an orphan.
+    # Unlike Ctrl-C, what kill and docker stop send reaches this process only; without passing it on the stage would be an orphan.
     asked: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
         asked.append(number)
         process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, pass_on)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -101,10 +104,11 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
         process.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
     # A launcher of several processes has exit codes of its own for it.
-    if code in (130, -signal.SIGINT, -signal.SIGTERM) or (code and asked):
+    if code in (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP) or (code and asked):
         raise KeyboardInterrupt
     if code:
         raise StageFailed(name, code)

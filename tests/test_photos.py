@@ -104,6 +104,23 @@ def test_texts_in_a_png_do_not_cost_the_photo(tmp_path: Path):
     assert np.array_equal(np.asarray(one(tmp_path, encoded(corners(), pnginfo=texts))), np.asarray(corners()))
 
 
+def test_names_that_are_alike_are_one_where_no_other_is_meant(tmp_path: Path):
+    """Photos, and what is said of them; of each kind by itself."""
+    text, mask, half = b"of ME", encoded(Image.new("L", (32, 20), 255)), encoded(ImageOps.expand(Image.new("L", (16, 20), 255), (0, 0, 16, 0)))
+    manifest, _ = ingested(tmp_path, {"me.png": encoded(corners()), "ME.txt": text, "me.mask.png": half, "Me.mask.png": mask}, "one")
+    assert manifest.photos[0].caption == "of ME" and manifest.photos[0].mask_sha256
+    assert manifest.left_out == (("Me.mask.png", "has the name of another mask, me.mask.png"),)
+    manifest, _ = ingested(tmp_path, {"Me.png": encoded(corners()), "me.txt": b"small", "ME.txt": text}, "two")
+    assert [photo.caption for photo in manifest.photos] == ["of ME"]
+    assert manifest.left_out == (("me.txt", "has the name of another caption, ME.txt"),)
+    manifest, _ = ingested(tmp_path, {"a.png": encoded(corners()), "A.webp": encoded(corners(size=(16, 16)), "WEBP"), "a.txt": b"both"}, "three")
+    assert [photo.caption for photo in manifest.photos] == ["both", "both"]
+    cut = corners()
+    cut.putalpha(Image.linear_gradient("L").resize(cut.size))
+    manifest, _ = ingested(tmp_path, {"me.png": encoded(cut), "me.mask.png": encoded(Image.new("L", (20, 32), 255))}, "four")
+    assert "me.png is transparent in part, which is not trained on" in manifest.notes, "for the mask of another shape does not count"
+
+
 def test_folders_that_are_not_gone_into_are_named(tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -226,7 +243,7 @@ def test_captions_that_cannot_be_used_are_noted(tmp_path: Path):
     manifest, _ = ingested(tmp_path, files)
     assert [photo.caption for photo in manifest.photos if photo.caption] == ["d"]
     assert sorted(manifest.notes) == [
-        "D.txt has no photo of its name: left out",
+        "D.txt has the name of another caption, d.txt: left out",
         "a.txt is not UTF-8 text: left out",
         "b.txt is an empty caption: left out",
         "c.txt is over 64 KiB, too long for a caption: left out",

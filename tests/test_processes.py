@@ -41,14 +41,14 @@ def two_processes(run: RunDir, **changed: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*torchrun(), "-m", "train", "fit", str(run.path)], stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def terminated(process: subprocess.Popen[str], run: RunDir) -> str:
-    """Send SIGTERM to a training once it has logged losses; what it said on standard error until it ended."""
+def terminated(process: subprocess.Popen[str], run: RunDir, number: signal.Signals = signal.SIGTERM) -> str:
+    """Send a signal to a training once it has logged losses; what it said on standard error until it ended."""
     assert process.stderr is not None
     end = time.monotonic() + 180
     while not any("loss" in row for row in run.history()):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     return process.communicate(timeout=120)[1]
 
 

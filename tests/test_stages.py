@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -60,7 +61,8 @@ def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_pictur
     assert "was trained on a local folder named 'tiny flux'" in capfd.readouterr().err
 
 
-def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, demo_photos: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_saves_and_leaves_no_stage_behind(number: signal.Signals, model: Path, demo_photos: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     train = [
         "train",
@@ -78,7 +80,7 @@ def test_a_sigterm_to_the_command_saves_and_leaves_no_stage_behind(model: Path, 
         str(run.path),
     ]
     process = subprocess.Popen([sys.executable, "-m", "lorabooth", *train], stderr=subprocess.PIPE, text=True)
-    said = terminated(process, run)
+    said = terminated(process, run, number)
     assert process.returncode == 130, said
     assert "run the same command again" in said and "Traceback" not in said
     [checkpoint] = run.checkpoints.iterdir()

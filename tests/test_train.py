@@ -328,7 +328,7 @@ def test_a_last_preview_that_cannot_be_made_keeps_no_lora_from_being_written(
     (run.samples / "step-000004-0.png").unlink()
     run.lora.unlink()
     assert main([*tiny_command, "--out", str(run.path)]) == 0 and run.lora.exists()
-    assert "the last preview and held-out loss are missing: the GPU's memory ran out" in capsys.readouterr().err
+    assert "what was to be seen after the last step is missing: the GPU's memory ran out" in capsys.readouterr().err
 
 
 def test_no_prompts_for_previews_is_no_previews(tiny_command: list[str], tmp_path: Path):

@@ -144,7 +144,7 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
 
     launch: as of `stages.run_stage`. consented: the people in the photos have agreed, and the user need not be asked.
     """
-    if not is_utf8(str(folder.resolve())):  # neither TensorBoard nor safetensors writes there
+    if not is_utf8(os.path.abspath(folder)):  # neither TensorBoard nor safetensors writes there
         raise UserError(f"the folder {folder} has a name that is not text in UTF-8", hint="choose another folder with --out FOLDER")
     if config.prior_rate and not class_photos and not (RunDir(folder).others / "manifest.jsonl").exists():
         raise UserError(f"prior_rate is {config.prior_rate}, and there are no photos of others to train on", hint="give some with --class-photos")

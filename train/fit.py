@@ -55,7 +55,7 @@ def run(run_dir: RunDir) -> None:
         try:
             _train(run_dir)
         except (UserError, OSError) as error:  # the LoRA is trained all the same
-            note(f"the last preview and held-out loss are missing: {error.message if isinstance(error, UserError) else error}")
+            note(f"what was to be seen after the last step is missing: {error.message if isinstance(error, UserError) else error}")
 
 
 def _train(run_dir: RunDir) -> None:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM become entries of the list, so that the step at hand is finished and saved first."""
+    """Ctrl-C, SIGTERM and the SIGHUP of a closed terminal become entries of the list, so that the step at hand is finished and saved first."""
     received: list[int] = []
 
     def remember(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM) if nohup else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield received
     finally:
