@@ -98,12 +98,12 @@ def insert(file: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     """Read the results and fill in the documents."""
-    names = ("mini", "likeness", "train", "train_original", "likeness_curve", "likeness_long")
+    names = ("mini", "likeness", "train", "train_epyc", "likeness_curve", "likeness_long")
     mini, likeness, *trains, curve, long = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     insert(Path("README.md"), {"summary": summary_table(mini, likeness, trains, curve, long)})
     insert(Path("lorabooth/mini/README.md"), {"mini": mini_table(mini)})
     tables = {name: curve_table for name in ("likeness_curve", "likeness_long", "likeness_original")}
-    tables |= {name: training_table for name in ("train", "train_original")}
+    tables |= {name: training_table for name in ("train", "train_epyc", "train_original")}
     tables |= {"busy": busy_table, "choices": choices_table, "generate": generating_table, "memory": memory_table, "startup": startup_table}
     written = {name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))) for name, table in tables.items()}
     for name, what, endings in (("precisions", "base in training", PRECISIONS), ("photos", "trained on", COUNTS)):
