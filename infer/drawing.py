@@ -4,7 +4,6 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from infer.glimpse import Glimpse
 from infer.loras import LoraChoice
 from infer.progress import advancing
 from infer.request import Request
-from infer.writing import Numbers, Writer, Written, write_first_free
+from infer.writing import Numbers, Writer, Written, numbered, write_first_free
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.notes import note, say
 
@@ -66,7 +65,7 @@ class Drawing:
         whole = len(shown) <= FULL_SIZE_ON_SHEET
         tiles = [(one.image if whole else ImageOps.contain(one.image, (SMALL_PX, SMALL_PX)), f"seed {one.making.seed}") for one in shown]
         making = picture.Making(first, first.seed, self.engine.family.model, self.choices, {"contact_sheet": True})
-        names = (self.out / f"contact-sheet{number}.png" for number in chain([""], (f"-{i}" for i in count(1))))
+        names = numbered(self.out / "contact-sheet.png")
         sheet = write_first_free(names.__next__, picture.encode(picture.contact_sheet(tiles), making, "png"))
         return {"file": str(sheet), "seed": first.seed, "contact_sheet": True}
 
@@ -91,11 +90,10 @@ def _row(one: Written, computed: dict[str, Any]) -> dict[str, Any]:
 
 def _free(file: Path) -> Path:
     """The file's name, or one like it that is free."""
-    if not file.exists():
-        return file
-    other = next(name for i in count(1) if not (name := file.with_stem(f"{file.stem}-{i}")).exists())
-    note(f"{file} is there already; the picture that is coming is shown in {other}")
-    return other
+    free = next(name for name in numbered(file) if not name.exists())
+    if free != file:
+        note(f"{file} is there already; the picture that is coming is shown in {free}")
+    return free
 
 
 class Live:

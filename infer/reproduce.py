@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
 import click
@@ -23,6 +22,7 @@ from infer.progress import advancing
 from infer.record import LoraRecord, Record, SourceRecord
 from infer.request import Request, Source
 from infer.settings import Settings
+from infer.writing import numbered
 from lorabooth import __version__
 from lorabooth.errors import UserError
 from lorabooth.notes import note
@@ -83,8 +83,7 @@ def make_again(
 
 def _free(path: Path) -> Path:
     """A name beside a picture that nothing has yet."""
-    names = (path.with_name(f"{path.stem}-again{'' if i == 1 else f'-{i}'}{path.suffix}") for i in count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for name in numbered(path.with_stem(f"{path.stem}-again"), 2) if not name.exists())
 
 
 def find_loras(records: Sequence[LoraRecord], references: Sequence[str]) -> tuple[LoraChoice, ...]:

@@ -1,9 +1,10 @@
 """Pictures filtered, encoded and written in a thread of their own, while the GPU makes the next one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,13 @@ from lorabooth.runs import write_durable
 
 AHEAD = 4
 """Pictures that may wait to be written; a slow disk then slows the drawing, and does not fill the memory."""
+
+
+def numbered(file: Path, start: int = 1) -> Iterator[Path]:
+    """The file's own name, then the same with -1 (or what it is to start with), -2 and so on, without end."""
+    yield file
+    for number in count(start):
+        yield file.with_stem(f"{file.stem}-{number}")
 
 
 class Numbers:

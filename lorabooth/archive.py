@@ -14,6 +14,14 @@ from lorabooth.errors import UserError
 GIVE = "give a zip, a tar or a folder of photos"
 
 
+def check_kind(source: Path) -> None:
+    """Refuse what is not there, and what is neither a file nor a folder: a pipe can be read once, a device for ever."""
+    if not source.exists():
+        raise UserError(f"no such file or folder: {source}", hint=GIVE)
+    if not source.is_file() and not source.is_dir():
+        raise UserError(f"{source} is neither a file nor a folder", hint=GIVE)
+
+
 @contextmanager
 def entries(source: Path, leave_out: Path) -> Iterator[list[Entry]]:
     """The files of a zip, a tar (packed or not) or a folder (with its subfolders, except `leave_out` and finished runs).
@@ -22,12 +30,9 @@ def entries(source: Path, leave_out: Path) -> Iterator[list[Entry]]:
     A packed tar is unpacked to a file without a name on the disk of `leave_out`, where that exists.
     Raises UserError where the source is missing, of another kind, damaged, encrypted or over a limit.
     """
-    if not source.exists():
-        raise UserError(f"no such file or folder: {source}", hint=GIVE)
+    check_kind(source)
     if source.is_dir():
         yield _folder_entries(source, leave_out.resolve())
-    elif not source.is_file():
-        raise UserError(f"{source} is neither a file nor a folder", hint=GIVE)
     else:
         with source.open("rb", buffering=0) as file, _file_entries(file, source, leave_out) as found:
             yield found

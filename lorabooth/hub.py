@@ -94,6 +94,11 @@ def download(repository: str, patterns: tuple[str, ...], ignored: tuple[str, ...
         return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
 
 
+def no_token() -> UserError:
+    """Of a token that is none."""
+    return UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens")
+
+
 class Unreachable(UserError):
     """The hub cannot be asked now: what was downloaded before is the best there is."""
 
@@ -144,7 +149,7 @@ def explained(
             f"the download of {repository} broke off: {type(error).__name__}", hint="run the same command again; files that arrived whole are kept"
         ) from None
     except UnicodeEncodeError:  # in the header that carries it
-        raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
+        raise no_token() from None
     except (ValueError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
         raise Unreachable(f"what answers for {repository} is not the hub", hint=NOT_THE_HUB) from None
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorabooth.errors import UserError
-from lorabooth.hub import NOT_THE_HUB
+from lorabooth.hub import NOT_THE_HUB, no_token
 
 PAUSE_SECONDS = 2.0
 """Before a second attempt; then doubled."""
@@ -36,7 +36,7 @@ def writing(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refused(repository, error.response.status_code, again) from None
     except UnicodeEncodeError:  # in the header that carries it
-        raise UserError("the token has characters that no token has", hint="copy it again from https://huggingface.co/settings/tokens") from None
+        raise no_token() from None
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):  # a page in place of the hub's JSON
         raise Broken("what answers is not the hub", hint=NOT_THE_HUB) from None
     except ValueError as error:  # what the hub finds wrong with the card, and what its storage says of a file

@@ -76,9 +76,12 @@ class LoraSpec:
 
     def check(self, transformer: torch.nn.Module) -> None:
         """Refuse what could not be put on a transformer, which may be on the meta device."""
-        narrower = {name: min(cast(torch.nn.Linear, transformer.get_submodule(name)).weight.shape) for name in self.module_names(transformer)}
-        name = min(narrower, key=narrower.__getitem__)
-        if self.init == "pissa" and self.rank > narrower[name]:
+        names = self.module_names(transformer)
+        if self.init != "pissa":
+            return
+        narrower = {name: min(cast(torch.nn.Linear, transformer.get_submodule(name)).weight.shape) for name in names}
+        name = min(names, key=narrower.__getitem__)
+        if self.rank > narrower[name]:
             raise UserError(f"lora_rank is {self.rank}; with lora_init pissa it is at most {narrower[name]}, for {name} has no more directions")
 
     def attach(self, transformer: torch.nn.Module, seed: int, start: dict[str, Tensor] | None = None) -> list[Tensor]:

@@ -230,6 +230,13 @@ def test_a_closed_standard_error_and_a_name_that_is_no_text_cost_no_picture(tmp_
     assert done.returncode == 0 and done.stdout.strip() == bytes(tmp_path) + b"/out\xff/out-0.webp" and Path(os.fsdecode(done.stdout.strip())).exists()
 
 
+def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    assert cli.guarded(lambda _: tempfile.mkdtemp() and None, []) == 2
+    assert capsys.readouterr().err == "lorabooth: there is no folder for temporary files that can be written to\n  set TMPDIR to one\n"
+
+
 def test_a_file_that_may_not_grow_is_one_sentence(capsys):
     def work(arguments: list[str]) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)

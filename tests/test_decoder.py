@@ -3,9 +3,11 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +150,27 @@ def test_a_run_goes_on_after_a_crash_and_names_the_photo(tmp_path: Path, monkeyp
     manifest = ingest(folder, tmp_path / "run")
     assert [photo.original for photo in manifest.photos] == ["a.png", "c.png"]
     assert "b.png cannot be decoded: its decoder ended by SIGKILL: left out" in manifest.notes
+
+
+def test_under_a_lower_limit_of_the_machine_the_decoder_works():
+    """As clusters have it: addresses, which a process may not raise again."""
+    code = "import io; from PIL import Image; from lorabooth.decoder import Decoder; file = io.BytesIO(); Image.new('RGB', (9, 9)).save(file, 'PNG')\n"
+    code += "with Decoder() as running: print(running.decode('a.png', file.getvalue()).image.size)"
+    done = subprocess.run(["sh", "-c", 'ulimit -v 3000000; exec "$@"', "sh", sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "(9, 9)\n", done.stderr
+
+
+def test_a_user_whose_pipes_hold_as_much_as_they_may_gets_smaller_ones(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    class Limited(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, pipesize: int, **options: Any) -> None:
+            asked.append(pipesize)
+            if pipesize > 0:
+                raise PermissionError
+            super().__init__(*arguments, pipesize=pipesize, **options)
+
+    monkeypatch.setattr(decoder.subprocess, "Popen", Limited)
+    with Decoder() as running:
+        assert running.decode("a.png", picture()).image.size[0] > 0
+    assert asked == [decoder.PIPE_BYTES, -1]

@@ -127,6 +127,9 @@ def test_flux_in_the_cache_is_told_from_a_partial_download(tmp_path: Path, monke
     assert doctor.flux_dev_in_cache() == "partial"
     (snapshot / "transformer" / "shard-1.safetensors").write_text("weights")
     assert doctor.flux_dev_in_cache() == "complete"
+    for damaged in ("", "{bad", "{}", "[]"):
+        (snapshot / doctor.FLUX_DEV_INDEXES[0]).write_text(damaged)
+        assert doctor.flux_dev_in_cache() == "partial"
 
 
 def test_disk_space_of_a_folder_that_does_not_exist_yet(tmp_path: Path):

@@ -66,18 +66,18 @@ def test_where_weights_are_and_what_is_recomputed_changes_no_bit(plainly: tuple[
 
 
 @pytest.mark.parametrize(
-    ("memory_plan", "tolerance"),
+    ("memory_plan", "tolerances"),
     [
-        (MemoryPlan("int8", 0, 0, False), 0.02),
-        (MemoryPlan("int8", 6, 4, True), 0.02),
-        (MemoryPlan("fp8", 0, 0, False), 0.07),
-        (MemoryPlan("nf4", 6, 0, True), 0.3),
+        (MemoryPlan("int8", 0, 0, False), (0.01, 0.02)),
+        (MemoryPlan("int8", 6, 4, True), (0.01, 0.02)),
+        (MemoryPlan("fp8", 0, 0, False), (0.025, 0.07)),
+        (MemoryPlan("nf4", 6, 0, True), (0.09, 0.21)),
     ],
     ids=str,
 )
-def test_small_bases_stay_near(plainly: tuple[torch.Tensor, torch.Tensor], memory_plan: MemoryPlan, tolerance: float):
-    """The distance over the size, of the output and of the gradients."""
-    for mine, plain in zip(forward_and_backward(memory_plan), plainly, strict=True):
+def test_small_bases_stay_near(plainly: tuple[torch.Tensor, torch.Tensor], memory_plan: MemoryPlan, tolerances: tuple[float, float]):
+    """The distance over the size, of the output and of the gradients (docs/training.md)."""
+    for mine, plain, tolerance in zip(forward_and_backward(memory_plan), plainly, tolerances, strict=True):
         assert 0 < (mine - plain).norm() / plain.norm() < tolerance
 
 

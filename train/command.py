@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,6 +16,7 @@ import click
 from tqdm import tqdm
 
 from lorabooth import consent, stages
+from lorabooth.archive import check_kind
 from lorabooth.check.command import check_new_run
 from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config, read_recipe
 from lorabooth.errors import UserError, is_utf8
@@ -183,10 +185,7 @@ def _take_in(photos: Path, taken_into: RunDir, run: RunDir) -> None:
 
 def _check_source(photos: Path, folder: Path, run_folder: Path) -> None:
     """Refuse a run folder that was started from other photos; an archive of another name is no other, nor is a folder."""
-    if not photos.exists():
-        raise UserError(f"no such file or folder: {photos}", hint="give a zip or a folder of photos")
-    if not photos.is_file() and not photos.is_dir():  # a pipe, say, which could be read once, or a device, which could be read for ever
-        raise UserError(f"{photos} is neither a file nor a folder", hint="give a zip or a folder of photos")
+    check_kind(photos)
     record = RunDir(folder).read_json("source.json")
     if not record or not (folder / "manifest.jsonl").exists() or record["photos"] == str(photos.resolve()):
         return
@@ -225,8 +224,14 @@ def _state(photos: Path, folder: Path) -> list[list[Any]]:
 def _digest(photos: Path, folder: Path, record: dict[str, Any] | None = None) -> str:
     """SHA-256 over the names and bytes of the files. record: the source that is compared with, whose name an archive takes: its own does not count."""
     name = Path(record["photos"]).name if record and photos.is_file() else ""
-    lines = [f"{sha256_file(file)} {name or file.name}" for file in _files(photos, folder)]
+    lines = [f"{_hash(file, file.stat().st_size, file.stat().st_mtime_ns)} {name or file.name}" for file in _files(photos, folder)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+@cache
+def _hash(file: Path, _size: int, _time: int) -> str:
+    """The SHA-256 of a file in a state of it, read once: it may have gigabytes, and is asked for by the name it had and by the one it has."""
+    return sha256_file(file)
 
 
 def _files(photos: Path, folder: Path) -> list[Path]:

@@ -292,8 +292,8 @@ def _due(config: TrainConfig, step: int) -> tuple[bool, bool]:
 def _missing(run_dir: RunDir, step: int) -> tuple[bool, bool]:
     """Which of these come after a step and are not there."""
     held_out, pictures = _due(run_dir.config, step)
-    measured = any(row.get("event") == "validation" and row["step"] == step for row in run_dir.history())
-    return held_out and not measured, pictures and not all(file.exists() for file in picture_files(run_dir, step))
+    held_out = held_out and not any(row.get("event") == "validation" and row["step"] == step for row in run_dir.history())
+    return held_out, pictures and not all(file.exists() for file in picture_files(run_dir, step))
 
 
 def _memory() -> dict[str, str]:
