@@ -72,19 +72,19 @@ def generate(
     chosen = any_seed() if seed is None else seed
     prompts = Prompts.read((prompt,) if prompt is not None else (), prompt_options, choices, base == "mini")
     picture_options.check(base, prompts.texts[0], chosen, num_outputs)
-    with heavy_imports():
-        from infer.drawing import Drawing
-        from infer.engine import Engine
-        from infer.finish import Finishing
-        from lorabooth.families import load_family
-
-    family = load_family(base)
-    request = picture_options.request(prompts.texts[0], chosen, num_outputs, family.native_px)
-    finishing = Finishing.read(finish_options, family.native_px, choices, num_outputs)
-    requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
-    _notices(family.cut, requests, prompts, seed is None)
-    pixels = max(request.width_px * request.height_px, family.native_px**2 if finishing.detail else 0)
     try:
+        with heavy_imports():
+            from infer.drawing import Drawing
+            from infer.engine import Engine
+            from infer.finish import Finishing
+            from lorabooth.families import load_family
+
+        family = load_family(base)
+        request = picture_options.request(prompts.texts[0], chosen, num_outputs, family.native_px)
+        finishing = Finishing.read(finish_options, family.native_px, choices, num_outputs)
+        requests = prompts.requests(replace(request, num_outputs=finishing.to_draw))
+        _notices(family.cut, requests, prompts, seed is None)
+        pixels = max(request.width_px * request.height_px, family.native_px**2 if finishing.detail else 0)
         with prepared(out):
             engine = Engine(family, replace(settings, pixels=pixels))
             files = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live).draw(requests)

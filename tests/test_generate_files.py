@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_an_interrupted_command_leaves_what_is_finished_and_nothing_else(number:
     left = sorted(out.iterdir())
     assert left and all(re.fullmatch(r"out-\d+\.png", file.name) for file in left)
     assert all(picture.making_of(file) for file in left)
+
+
+def test_an_interruption_while_libraries_are_loaded_does_not_promise_to_go_on(tmp_path: Path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorabooth", "generate", "a person", "--model", "mini", "--out", str(out)],
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libbitsandbytes" not in maps.read_text():  # torch is there, and diffusers half
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in rest and "to go on" not in rest and "interrupted; no picture was finished" in rest
 
 
 @pytest.mark.parametrize(("out", "words"), [("loop/x", "a link to itself"), ("/proc/x", "no such file"), ("/dev/null/x", "a file, not a folder")])
