@@ -84,7 +84,8 @@ def test_an_interruption_while_libraries_are_loaded_does_not_promise_to_go_on(tm
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     rest = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in rest and "to go on" not in rest and "interrupted; no picture was finished" in rest
+    assert "Traceback" not in rest and "to go on" not in rest and "interrupted; no picture was finished" in rest
+    assert process.returncode in (130, -signal.SIGINT)  # the latter of Python, where it came amid an `exec` of text (making a dataclass)
 
 
 @pytest.mark.parametrize(("out", "words"), [("loop/x", "a link to itself"), ("/proc/x", "no such file"), ("/dev/null/x", "a file, not a folder")])
