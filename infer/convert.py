@@ -64,6 +64,8 @@ def write(choices: Sequence[LoraChoice], form: str, dtype: str | None, rank: int
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} must end in .safetensors")
     tensors = written(wanted, layout, form, precision)
+    if form == "comfyui" and any(one.magnitude is not None for part in (wanted.transformer, wanted.clip) for one in part.values()):
+        note("ComfyUI divides a DoRA's scales by the lengths of the base's rows, not of the sum's: it will draw another picture with this file")
     if not all(torch.isfinite(t.float()).all() for t in tensors.values()):
         raise UserError(f"the LoRA holds numbers that are too large for {shown}", hint="use --dtype fp32")
     data = sorted_header(save(tensors, metadata=_metadata(choices, wanted)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorabooth import keys
@@ -28,8 +29,8 @@ def written(found: Additions, layout: Layout, form: str, dtype: torch.dtype) -> 
     named: dict[str, LowRank] = {}
     if form == "diffusers":
         named = {PREFIX + module: one for module, one in found.transformer.items()}
-        named |= {CLIP_PREFIX + CLIP_MODULE + re.sub(r"^text_model\.", "", module): one for module, one in found.clip.items()}
-        return _tensors(named, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), dtype)
+        clip = {CLIP_PREFIX + CLIP_MODULE + re.sub(r"^text_model\.", "", module): one for module, one in found.clip.items()}
+        return _tensors(_of_one_rank(named) | _of_one_rank(clip), ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), dtype)
     for name, rows in layout.bfl().items():
         if any(row.module in found.transformer for row in rows):
             key = f"diffusion_model.{name}" if form == "comfyui" else "lora_unet_" + name.replace(".", "_")
@@ -43,7 +44,18 @@ def written(found: Additions, layout: Layout, form: str, dtype: torch.dtype) -> 
     clip = {"lora_te1_text_model_" + re.sub(r"^text_model\.", "", module).replace(".", "_"): one for module, one in found.clip.items()}
     result |= _tensors(clip, ("lora_down.weight", "lora_up.weight", "dora_scale"), dtype)
     with_alpha = clip | (named if form == "kohya" else {})
-    return result | {f"{name}.alpha": torch.tensor(float(max(1, len(one.down)))).to(dtype) for name, one in with_alpha.items()}
+    return result | {f"{name}.alpha": torch.tensor(float(max(1, len(one.down)))) for name, one in with_alpha.items()}  # in bf16 257 would be 256
+
+
+def _of_one_rank(named: dict[str, LowRank]) -> dict[str, LowRank]:
+    """The same with zeros up to the highest rank: the format has no alpha, and diffusers before huggingface/diffusers#14409 takes that of most layers for all."""
+    rank = max((len(one.down) for one in named.values()), default=0)
+
+    def padded(one: LowRank) -> LowRank:
+        more = rank - len(one.down)
+        return replace(one, down=F.pad(one.down, (0, 0, 0, more)), up=F.pad(one.up, (0, more)))
+
+    return {name: padded(one) for name, one in named.items()}
 
 
 def _tensors(named: Mapping[str, LowRank], ends: tuple[str, str, str], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 Sizes = Mapping[str, tuple[int, int]]
 """Of each linear of a transformer: outputs, inputs."""
 
+DOUBLE_BLOCKS, SINGLE_BLOCKS = "transformer_blocks", "single_transformer_blocks"
 DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -40,6 +41,7 @@ SINGLE = {
 }
 OUTSIDE = {
     "img_in": "x_embedder",
+    "img_in.proj": "x_embedder",  # OneTrainer's name of it
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
@@ -52,8 +54,10 @@ OUTSIDE = {
 }
 HALVES_SWAPPED = "norm_out.linear"
 """BFL's last modulation gives the shift first, diffusers' the scale first."""
-PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_", "lora_transformer_", "unet.", "")
-CLIP_PREFIXES = ("text_encoder.", "lora_te1_", "clip_l.transformer.", "lora_te_")
+PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_", "unet.", "")
+CLIP_PREFIXES = ("text_encoder.", "lora_te1_", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.", "lora_te_")
+OLD_CLIP = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
+"""diffusers' names of CLIP's attention from before PEFT."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,19 @@ class Layout:
                 return found
         return ()
 
+    def is_beyond(self, name: str) -> bool:
+        """Whether a layer's name in a file is of a block further on than the base has: some models differ from FLUX.1 in the number of blocks only."""
+        block = re.search(r"(?:^|[._])(single_transformer|single|transformer|double)_blocks[._](\d{1,6})[._]", name)
+        return block is not None and int(block[2]) >= self._blocks(SINGLE_BLOCKS if block[1].startswith("single") else DOUBLE_BLOCKS)
+
     def bfl(self) -> dict[str, tuple[Rows, ...]]:
         """Black Forest Labs' own names, and what each stands for."""
-        return {name: rows for name, rows in self._foreign() if ".processor." not in name}
+        return {name: rows for name, rows in self._foreign() if ".processor." not in name and name != "img_in.proj"}
 
     @cached_property
     def _names(self) -> dict[str, tuple[Rows, ...]]:
         whole = {name: (Rows(name, (slice(0, outputs),)),) for name, (outputs, _) in self.sizes.items()}
-        return dict(self._foreign()) | whole
+        return dict(self._foreign()) | dict(self._apart()) | whole
 
     @cached_property
     def _underscored(self) -> dict[str, tuple[Rows, ...]]:
@@ -96,13 +105,21 @@ class Layout:
         for theirs, ours in OUTSIDE.items():
             if ours in self.sizes:
                 yield theirs, (self._one(ours),)
-        for blocks, ours, table in (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE)):
-            count = len({name.split(".")[1] for name in self.sizes if name.startswith(ours + ".")})
-            for i in range(count):
+        for blocks, ours, table in (("double_blocks", DOUBLE_BLOCKS, DOUBLE), ("single_blocks", SINGLE_BLOCKS, SINGLE)):
+            for i in range(self._blocks(ours)):
                 for theirs, parts in table.items():
                     modules = [f"{ours}.{i}.{part}" for part in parts]
                     if all(module in self.sizes for module in modules):
                         yield f"{blocks}.{i}.{theirs}", self._stacked(modules)
+
+    def _blocks(self, kind: str) -> int:
+        return len({name.split(".")[1] for name in self.sizes if name.startswith(f"{kind}.")})
+
+    def _apart(self) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+        """OneTrainer's OMI format has Black Forest Labs' names and diffusers' linears: qkv.0, qkv.1, qkv.2."""
+        for name, rows in self.bfl().items():
+            if len(rows) > 1:
+                yield from ((f"{name}.{i}", (self._one(row.module),)) for i, row in enumerate(rows))
 
     def _one(self, module: str) -> Rows:
         outputs = self.sizes[module][0]
@@ -119,11 +136,13 @@ class Layout:
 
 
 class ClipLayout:
-    """The linears of CLIP by diffusers' and kohya's names; `text_model.` is left out by transformers since version 5."""
+    """The linears of CLIP by diffusers', kohya's, ComfyUI's and OneTrainer's names; `text_model.` is left out by transformers since version 5."""
 
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
         self._names = {re.sub(r"^text_model\.", "", name): name for name in sizes}
+        parts = [(name, *name.rpartition(".")) for name in self._names]
+        self._names |= {f"{above}.{OLD_CLIP[end]}": self._names[name] for name, above, _, end in parts if end in OLD_CLIP}
         self._underscored = {name.replace(".", "_"): module for name, module in self._names.items()}
 
     def find(self, name: str) -> tuple[Rows, ...]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lorabooth.errors import UserError, is_utf8
+from lorabooth.keys import other_method
 from lorabooth.runs import sha256_file
 
-MAX_HEADER_BYTES = 4 * 1024 * 1024
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit; kohya's trainer writes every tag of every caption into it."""
 AND = " and "
 """Between the trigger words of several."""
 
@@ -39,7 +41,7 @@ class LoraFile:
         header = _read_header(path)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        if not any("lora" in name for name in shapes):
+        if not any("lora" in name for name in shapes) and not other_method(shapes):  # which has a sentence of its own where its tensors are read
             raise NoLora(f"{path} holds no LoRA: none of its {len(shapes)} tensors is named lora")
         return cls(path, metadata, shapes, {name: str(entry.get("dtype", ""))[:16] for name, entry in header.items()})
 

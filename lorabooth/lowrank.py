@@ -72,17 +72,18 @@ def additions(file: LoraFile, layout: Layout, clip: ClipLayout, model: str) -> A
         rows, in_clip = layout.find(name), clip.find(name)
         if not (rows or in_clip) or not {"down", "up"} <= parts.keys():
             left_out += [key for key, _ in parts.values()]
-            missing += [name] if {"down", "up"} <= parts.keys() and not keys.of_t5(name) else []
+            missing += [name] if {"down", "up"} <= parts.keys() and not keys.of_text(name) else []
             continue
         sizes = (layout if rows else clip).sizes
         for module, low_rank in _split(file, model, name, parts, rows or in_clip, sizes):
             found[0 if rows else 1][module].append(low_rank)
     present = sum(map(len, found))
-    if not present or len(missing) > MISSING_SHARE * len(layers):
-        raise _of_another_model(file, model, missing or list(layers) or left_out)
-    if any(len(several) > 1 for part in found for several in part.values()):
-        raise UserError(f"{file.path.name} names a layer twice, in two formats; it cannot be told which one is meant")
-    transformer, of_clip = ({module: one for module, (one,) in part.items()} for part in found)
+    beyond = [name for name in missing if layout.is_beyond(name)]
+    if not present or beyond or len(missing) > MISSING_SHARE * len(layers):
+        raise _of_another_model(file, model, beyond or missing or list(layers) or left_out)
+    if not all(_same(one, other) for part in found for one, *others in part.values() for other in others):
+        raise UserError(f"{file.path.name} names a layer twice, in two formats that differ; it cannot be told which one is meant")
+    transformer, of_clip = ({module: one for module, (one, *_) in part.items()} for part in found)
     return Additions(transformer, of_clip, tuple(sorted(left_out)))
 
 
@@ -133,6 +134,14 @@ def _split(file: LoraFile, model: str, name: str, parts: dict[str, tuple[str, Te
     return found
 
 
+def _same(one: LowRank, other: LowRank) -> bool:
+    """Whether two are the same tensors: some files hold a LoRA in two formats."""
+    if (one.magnitude is None) != (other.magnitude is None) or one.down.shape != other.down.shape:
+        return False
+    same_scale = one.magnitude is None or other.magnitude is None or torch.equal(one.magnitude, other.magnitude)
+    return same_scale and torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
+
+
 def _count(rows: Rows) -> int:
     return sum(part.stop - part.start for part in rows.parts)
 
@@ -149,9 +158,14 @@ def alpha_of(file: LoraFile, name: str, stored: Tensor | None, rank: int) -> tup
     # PEFT takes the pattern's keys for regular expressions; trainers write names, and a file's expressions are not run here.
     if unknown := next((key for key in config["alpha_pattern"] if not NAME_IN_PATTERN.fullmatch(key)), None):
         raise UserError(f"{file.path.name} gives an alpha by an expression, which is not read: {printable(unknown)}", hint="convert it with PEFT")
-    named = {re.sub(r"[\\^$]", "", key): value for key, value in config["alpha_pattern"].items()}
-    alpha = next((value for key, value in named.items() if f".{module}".endswith(f".{key}")), config["lora_alpha"])
+    named = {re.sub(r"[\\$]", "", key): value for key, value in config["alpha_pattern"].items()}
+    alpha = next((value for key, value in named.items() if _is_named(module, key)), config["lora_alpha"])
     return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _is_named(module: str, key: str) -> bool:
+    """Whether a key of PEFT's patterns means a module: by the end of its name, or all of it behind ^ (peft/utils/other.py, get_pattern_key)."""
+    return module == key[1:] if key.startswith("^") else f".{module}".endswith(f".{key}")
 
 
 def _damaged_alpha(file: LoraFile, name: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -106,6 +106,26 @@ def onetrainer(path: Path, pairs: Pairs) -> Path:
     return write(path, named)
 
 
+def omi(path: Path, pairs: Pairs) -> Path:
+    """OneTrainer's newer format: Black Forest Labs' names, with diffusers' linears as qkv.0 and so on (omi_model_standards, convert_flux_lora.py)."""
+    names = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2"}
+    names |= {"ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2", "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
+    names |= {f"attn.to_{x}": f"img_attn.qkv.{i}" for i, x in enumerate("qkv")} | {f"attn.add_{x}_proj": f"txt_attn.qkv.{i}" for i, x in enumerate("qkv")}
+    single = {f"attn.to_{x}": f"linear1.{i}" for i, x in enumerate("qkv")} | {"proj_mlp": "linear1.3", "proj_out": "linear2", "norm.linear": "modulation.lin"}
+    named = {}
+    for name, (down, up) in pairs.items():
+        blocks, number, rest = name.split(".", 2)
+        kind, table = ("double", names) if blocks == "transformer_blocks" else ("single", single)
+        key = f"transformer.{kind}_blocks.{number}.{table[rest]}"
+        named |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(float(len(down)))}
+    return write(path, named)
+
+
+def lycoris(path: Path, pairs: Pairs) -> Path:
+    """As SimpleTuner writes LyCORIS' LoRA."""
+    return write(path, {name.replace("lora_transformer_", "lycoris_", 1): t for name, t in load_file(onetrainer(path, pairs)).items()})
+
+
 def xlabs(path: Path, pairs: Pairs) -> Path:
     """Only attention has a name there, and query, key and value share what they read: `shared_attention` makes such pairs."""
     named = {}
@@ -129,4 +149,4 @@ def shared_attention(pairs: Pairs) -> Pairs:
     return found
 
 
-WRITERS = (diffusers, diffusers_with_alpha_in_its_metadata, diffusers_with_alpha_tensors, peft_folder, old_diffusers, kohya, comfyui, onetrainer)
+WRITERS = (diffusers, diffusers_with_alpha_in_its_metadata, diffusers_with_alpha_tensors, peft_folder, old_diffusers, kohya, comfyui, onetrainer, omi, lycoris)

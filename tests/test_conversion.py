@@ -108,6 +108,31 @@ def test_layers_outside_the_blocks_and_clip_and_dora(tmp_path: Path):
         reduced(Additions(part, {}, ()), 1)
 
 
+def test_layers_of_unequal_ranks_are_of_one_for_diffusers_and_keep_their_own_for_others(tmp_path: Path):
+    """get_peft_kwargs of diffusers 0.37 takes the alpha of all from the rank that most have."""
+    found = drawn(MODULES, [4, 2, 4])
+    tensors = written(found, LAYOUT, "diffusers", torch.float32)
+    assert {len(t) for name, t in tensors.items() if "lora_A" in name} == {4}
+    assert {len(one.down) for one in again(found, "diffusers", torch.float32, tmp_path).transformer.values()} == {4, 2}, "zeros are no rank"
+
+
+def test_an_alpha_is_exact_in_a_coarse_precision(tmp_path: Path):
+    found = drawn([f"transformer_blocks.0.attn.to_{x}" for x in "qkv"], [129])
+    tensors = written(found, LAYOUT, "kohya", torch.bfloat16)
+    assert {int(t) for name, t in tensors.items() if name.endswith("alpha")} == {387}
+
+
+def test_comfyuis_own_dora_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    norms = FAMILY.transformer(torch.device("cpu"), torch.float32).get_parameter(f"{MODULES[0]}.weight").norm(dim=1)
+    name = f"transformer.{MODULES[0]}"
+    outputs, inputs = LAYOUT.sizes[MODULES[0]]
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, inputs), f"{name}.lora_B.weight": torch.zeros(outputs, 2), f"{name}.lora_magnitude_vector": norms}
+    file = formats.write(tmp_path / "dora.safetensors", tensors, **{"lorabooth.base": "mini"})
+    for form in FORMATS:
+        said = main(["convert", str(file), "--format", form, "--out", str(tmp_path / f"{form}.safetensors")]), capsys.readouterr().err
+        assert (said[0] == 0 and "ComfyUI divides a DoRA's scales" in said[1]) == (form == "comfyui"), said
+
+
 def test_what_shares_its_down_keeps_its_rank(tmp_path: Path):
     found = drawn(MODULES, [4])
     shared = {name: LowRank(torch.ones(4, one.down.shape[1]), one.up) for name, one in found.transformer.items()}

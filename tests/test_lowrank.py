@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lora_formats as formats
 import numpy as np
@@ -221,7 +222,7 @@ def test_numbers_that_run_over_are_said(engine: Engine, tmp_path: Path):
         (one_layer(down=(3, 224)), "damaged: the two halves of transformer.transformer_blocks.0.attn.to_q do not fit together"),
         (one_layer(down=(2,)), "damaged: the two halves"),
         ({key: t for key, t in one_layer().items() if "lora_A" in key}, "lacks these layers of it"),
-        (one_layer() | one_layer("diffusion_model.double_blocks.0.img_attn.qkv", up=(672, 2)), "names a layer twice"),
+        (one_layer() | one_layer("diffusion_model.double_blocks.0.img_attn.qkv", up=(672, 1), down=(1, 224)), "names a layer twice, in two formats that differ"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(3)}, "the alpha of .* is not one number"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 17)}, "DoRA whose scales lie along the inputs"),
         (one_layer() | {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1, 224)}, "DoRA whose scales lie along the inputs"),
@@ -230,6 +231,10 @@ def test_numbers_that_run_over_are_said(engine: Engine, tmp_path: Path):
         ({key: t * torch.nan for key, t in one_layer().items()}, "numbers that are not finite"),
         ({key: t.int() for key, t in one_layer().items()}, "holds no fractions but int32"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2), "lora_x": torch.ones(1)}, "is a LoKr, not a LoRA"),
+        ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "is a LoKr, not a LoRA"),
+        ({f"lora_unet_double_blocks_0_img_attn_qkv.{x}.weight": torch.ones(2, 2) for x in ("a1", "a2", "b1", "b2")}, "is a GLoRA, not a LoRA"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(2, 2)}, "is a LyCORIS of whole weights, not a LoRA"),
+        ({"lora_unet_double_blocks_0_img_mlp_0.weight": torch.ones(2), "lora_unet_double_blocks_0_img_mlp_0.on_input": torch.tensor(True)}, "is a IA3, not"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(tensors: dict[str, Tensor], message: str, tmp_path: Path):
@@ -244,6 +249,90 @@ def test_an_alpha_may_be_a_whole_number(tmp_path: Path):
     whole, fraction = (read(formats.write(tmp_path / f"{a.dtype}.safetensors", one_layer() | {alpha: a})) for a in (torch.tensor(1), torch.tensor(1.0)))
     (one,), (other,) = whole.transformer.values(), fraction.transformer.values()
     assert torch.equal(one.up, other.up) and torch.equal(one.up, torch.full((224, 2), 0.5))
+
+
+def test_a_lora_in_two_formats_that_are_the_same_is_read_once(tmp_path: Path):
+    tensors = one_layer() | one_layer("lora_unet_double_blocks_0_img_attn_qkv", up=(672, 2))
+    assert read(formats.write(tmp_path / "x.safetensors", tensors)).transformer.keys() == {f"transformer_blocks.0.attn.to_{x}" for x in "qkv"}
+
+
+def test_a_model_with_more_blocks_is_another_model(tmp_path: Path):
+    """HunyuanVideo's layers have FLUX.1's names and widths; it has 20 and 40 blocks, not 19 and 38."""
+    last = len({name.split(".")[1] for name in LAYOUT.sizes if name.startswith("single_transformer_blocks")})
+    beyond = f"transformer.single_transformer_blocks.{last}.attn.to_q"
+    fits = {name: t for module in LAYOUT.sizes if module.endswith("attn.to_q") for name, t in one_layer(f"transformer.{module}").items()}
+    many = fits | {name.replace("to_q", f"to_{x}"): t for name, t in fits.items() for x in "kv"}
+    for name in (beyond, beyond.replace("transformer.", "lora_transformer_", 1).replace(".", "_"), f"diffusion_model.single_blocks.{last}.linear2"):
+        with pytest.raises(UserError, match="lacks these layers of it: .*single_"):
+            read(formats.write(tmp_path / "x.safetensors", many | one_layer(name)))
+    assert read(formats.write(tmp_path / "x.safetensors", many | one_layer("transformer.something.else"))).left_out
+
+
+CLIP_LAYER = "encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        (f"text_encoder.text_model.{CLIP_LAYER}", ("lora_A.weight", "lora_B.weight")),
+        (f"text_encoders.clip_l.transformer.text_model.{CLIP_LAYER}", ("lora_down.weight", "lora_up.weight")),  # ComfyUI's node that extracts LoRAs
+        (f"clip_l.text_model.{CLIP_LAYER}", ("lora_down.weight", "lora_up.weight")),  # OneTrainer
+        (f"text_encoder.text_model.{CLIP_LAYER}", ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")),  # diffusers' conversion of kohya's
+        ("text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora", ("down.weight", "up.weight")),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", ("lora_down.weight", "lora_up.weight")),
+    ],
+)
+def test_clip_by_each_of_its_names(name: str, ends: tuple[str, str], tmp_path: Path):
+    outputs, inputs = CLIP.sizes[next(module for module in CLIP.sizes if module.endswith(CLIP_LAYER))]
+    tensors = {f"{name}.{ends[0]}": torch.ones(2, inputs), f"{name}.{ends[1]}": torch.ones(outputs, 2)}
+    found = read(formats.write(tmp_path / "x.safetensors", one_layer() | tensors))
+    assert len(found.clip) == len(found.transformer) == 1 and not found.left_out
+
+
+@pytest.mark.parametrize("prefix", ["text_encoders.t5xxl.transformer.", "t5.", "lora_te2_", "text_encoder_9.", "clip_l.unheard_of."])
+def test_layers_of_text_encoders_that_are_not_there_make_no_other_model(prefix: str, tmp_path: Path):
+    text = {name: t for i in range(9) for name, t in one_layer(f"{prefix}encoder.block.{i}.layer.0.SelfAttention.q").items()}
+    found = read(formats.write(tmp_path / "x.safetensors", one_layer() | text))
+    assert len(found.transformer) == 1 and found.left_out == tuple(sorted(text))
+
+
+def test_a_header_as_large_as_kohyas_tags_make_it_is_read(tmp_path: Path):
+    assert read(formats.write(tmp_path / "x.safetensors", one_layer(), ss_tag_frequency=json.dumps({"x": {f"a caption {i} " * 9: 1 for i in range(60000)}})))
+
+
+def strengths(path: Path, tensors: dict[str, Tensor], **described: Any) -> dict[str, float]:
+    """Of each layer of such a file, whose tensors are all one."""
+    found = read(formats.write(path, tensors, lora_adapter_metadata=json.dumps(described)))
+    return {module: float(one.up[0, 0]) for module, one in found.transformer.items()}
+
+
+def test_a_description_without_the_name_of_a_part_is_the_transformers(tmp_path: Path):
+    """As a transformer's own `save_lora_adapter` writes it."""
+    bare = {name.removeprefix("transformer."): t for name, t in one_layer().items()}
+    assert strengths(tmp_path / "x.safetensors", bare, lora_alpha=8, r=2) == {"transformer_blocks.0.attn.to_q": 4.0}
+    of_clip = {"text_encoder.lora_alpha": 8, "text_encoder.r": 2}
+    assert strengths(tmp_path / "x.safetensors", one_layer(), **of_clip) == {"transformer_blocks.0.attn.to_q": 1.0}
+
+
+def test_a_pattern_behind_a_hat_means_the_whole_name(tmp_path: Path):
+    outputs, inputs = LAYOUT.sizes["proj_out"]
+    single = "single_transformer_blocks.0.proj_out"
+    wide, high = LAYOUT.sizes[single][1], LAYOUT.sizes[single][0]
+    tensors = one_layer("transformer.proj_out", down=(2, inputs), up=(outputs, 2)) | one_layer(f"transformer.{single}", down=(2, wide), up=(high, 2))
+    for pattern, right in (("^proj_out", {"proj_out": 0.5, single: 4.0}), ("proj_out", {"proj_out": 0.5, single: 0.5})):
+        assert strengths(tmp_path / "x.safetensors", tensors, **{"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 1}}) == right
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
+def test_what_belongs_to_a_base_of_its_own_is_refused(start: str, tmp_path: Path):
+    folder = tmp_path / "folder"
+    path = formats.write(folder / "adapter_model.safetensors", {f"base_model.model.{name.removeprefix('transformer.')}": t for name, t in one_layer().items()})
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "init_lora_weights": start}))
+    with pytest.raises(UserError, match=f"began as {start}, which takes a part out of the base"):
+        read(path)
+    with pytest.raises(UserError, match="began as"):
+        strengths(tmp_path / "x.safetensors", one_layer(), **{"transformer.lora_alpha": 2, "transformer.init_lora_weights": start})
+    assert strengths(tmp_path / "x.safetensors", one_layer(), **{"transformer.lora_alpha": 2, "transformer.init_lora_weights": "gaussian"})
 
 
 @pytest.mark.parametrize("pattern", [r"transformer_blocks\.\d+\.attn\.to_q", ".*to_q", "to_q|to_k"])

@@ -60,7 +60,7 @@ def test_every_tensor_of_it_is_used(of: str, layers: int, of_clip: int, tmp_path
 
 @pytest.mark.parametrize(
     ("of", "words"),
-    [("OneTrainer DoRA", "scales lie along the inputs"), ("BFL LoKr", "holds no LoRA"), ("FLUX.1-Depth-dev-lora", "does not fit FLUX.1-dev")],
+    [("OneTrainer DoRA", "scales lie along the inputs"), ("BFL LoKr", "is a LoKr, not a LoRA"), ("FLUX.1-Depth-dev-lora", "does not fit FLUX.1-dev")],
 )
 def test_what_is_not_for_this_base_is_refused_in_one_sentence(of: str, words: str, tmp_path: Path):
     with pytest.raises(UserError, match=words) as caught:
