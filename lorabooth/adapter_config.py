@@ -10,7 +10,6 @@ from lorabooth.errors import UserError
 from lorabooth.keys import ADAPTER_CONFIG, ADAPTER_MODEL
 from lorabooth.lora_file import LoraFile
 
-
 PARTS = ("transformer.", "text_encoder.")
 OF_ANOTHER_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Starts of a LoRA that PEFT takes out of the base (its `init_lora_weights`): what is trained then belongs to what is left of it."""

@@ -48,7 +48,10 @@ def written(found: Additions, layout: Layout, form: str, dtype: torch.dtype) -> 
 
 
 def _of_one_rank(named: dict[str, LowRank]) -> dict[str, LowRank]:
-    """The same with zeros up to the highest rank: the format has no alpha, and diffusers before huggingface/diffusers#14409 takes that of most layers for all."""
+    """The same with zeros up to the highest rank.
+
+    The format has no alpha, and diffusers before huggingface/diffusers#14409 takes that of most layers for all.
+    """
     rank = max((len(one.down) for one in named.values()), default=0)
 
     def padded(one: LowRank) -> LowRank:

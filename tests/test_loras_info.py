@@ -16,7 +16,8 @@ from lorabooth import keys
 
 NAMES = {
     "diffusers": "diffusers", "diffusers_with_alpha_in_its_metadata": "diffusers", "diffusers_with_alpha_tensors": "diffusers", "peft_folder": "PEFT adapter",
-    "old_diffusers": "diffusers, old names", "kohya": "kohya", "comfyui": "BFL and ComfyUI", "onetrainer": "OneTrainer", "omi": "OneTrainer", "lycoris": "LyCORIS",
+    "old_diffusers": "diffusers, old names", "kohya": "kohya", "comfyui": "BFL and ComfyUI", "onetrainer": "OneTrainer",
+    "omi": "OneTrainer", "lycoris": "LyCORIS",
 }  # fmt: skip
 
 
