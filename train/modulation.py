@@ -84,7 +84,7 @@ class Modulation:
         together = places == list(range(places[0], places[0] + len(places)))
         picked = slice(places[0], places[0] + len(places)) if together else torch.tensor(places, device=self.device)
         for given, rows in zip(self.given, self.rows, strict=True):
-            given.rows = rows[picked]
+            given.rows = rows[picked].data  # no view for autograd: the compiler would make the window's length a part of the code
 
     @contextmanager
     def sampling(self, sigmas: Tensor, guidance: float, pooled: Tensor) -> Iterator[None]:
