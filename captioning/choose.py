@@ -59,6 +59,6 @@ def captioners(config: TrainConfig) -> list[Captioner]:
 
 def _has_gpu() -> bool:
     with heavy_imports():
-        import torch
+        from lorabooth.device import compute_device
 
-    return torch.cuda.is_available()
+    return compute_device().type == "cuda"

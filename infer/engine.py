@@ -24,18 +24,16 @@ from infer.request import Request, Source
 from infer.settings import DEFAULT, Settings
 from lorabooth import sampling
 from lorabooth.adapter_config import identity
-from lorabooth.device import base_dtype, check_bf16, check_gpu, compute_device, free_gpu_bytes
+from lorabooth.device import base_dtype, check_device, check_gpu, compute_device, forget_pinned, free_gpu_bytes
 from lorabooth.errors import UserError, unless_out_of_memory
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import BUCKET_MULTIPLE_PX, VAE_SCALE, Conditioning, Flux1
-from lorabooth.machine import memory_bytes
+from lorabooth.machine import pinnable_bytes
 from lorabooth.notes import note
 from lorabooth.quantized import multiplies_fp8
 from lorabooth.sizes import BaseSizes, Estimate
 from lorabooth.speed import Speed, speed_of
 
-HOST_SHARE = 0.8
-"""How much of the host's free memory pinned weights may take; the operating system needs the rest."""
 CPU_SPEED = Speed(0.1, 10, 10, "the CPU")
 
 Watch = Callable[[Tensor], None]
@@ -68,7 +66,7 @@ class Engine:
         self.family, self.settings = load_family(model) if isinstance(model, str) else model, settings
         check_gpu(self.family.native_px, self.family.model)
         self.device = compute_device()
-        check_bf16(self.device, self.family.native_px, self.family.model)
+        check_device(self.device, self.family.native_px, self.family.model)
         self.dtype = base_dtype(self.device)
         first, *self._lighter = [plan] if plan else [one.plan for one in plans(self.family, settings, self.device)]
         self.base = self._base(first)
@@ -147,6 +145,7 @@ class Engine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            forget_pinned()
         self.base = self._base(plan)
         self.adapters = Adapters(self.family, self.device, self.dtype, plan.ready_bytes)
 
@@ -211,7 +210,7 @@ def plans(family: Flux1, settings: Settings, device: torch.device, gpu_bytes: fl
         speed = speed_of(gpu_bytes)
         if gpu_bytes is None:
             gpu_bytes = free_gpu_bytes(device)
-        room = gpu_bytes, memory_bytes()[1] * HOST_SHARE
+        room = gpu_bytes, pinnable_bytes()
         precision = "fp8" if settings.fast and settings.precision == "auto" and multiplies_fp8(device) else settings.precision
         return choose(needs, speed, *room, precision, settings.swapped)
     precision = "fp32" if settings.precision in ("auto", "bf16") else settings.precision

@@ -127,10 +127,17 @@ def gpu_problems(driver: machine.Driver, torch: machine.Torch) -> list[Problem]:
         return [Problem(f"the NVIDIA driver does not work: {driver.error}", "install or restart the driver until `nvidia-smi` lists the GPU")]
     if driver.gpu_names and not torch.gpus and not torch.error:
         return [_unusable_gpu(driver, torch)]
+    unusable = [gpu for gpu in torch.gpus if not gpu.usable]
     return [
+        Problem(
+            f"torch {torch.version} has no code for {gpu.name} (compute capability {gpu.compute_capability})",
+            "install a build of torch that has: a newer one for a newer GPU",
+        )
+        for gpu in unusable
+    ] + [
         Problem(f"{gpu.name} has compute capability {gpu.compute_capability}: no bf16", "FLUX.1-dev needs 8.0 or more: RTX 30, A100 or newer")
         for gpu in torch.gpus
-        if not gpu.bf16
+        if gpu.usable and not gpu.bf16
     ]
 
 

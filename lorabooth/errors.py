@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FULL = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-"""What the messages say: CUDA's and Triton's; cuBLAS's and cuDNN's; cuDNN's again, which leaves out each kernel that has no room until none is left."""
+FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "cublasCreate", "unable to find an engine")
+"""What the messages say: CUDA's and Triton's; cuBLAS's; cuDNN's since version 9; cuBLAS's where it has no room to begin; cuDNN's again, which leaves out each
+kernel that has no room until none is left."""
 
 
 class UserError(Exception):

@@ -6,11 +6,12 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where the limits are found that containers, SLURM and systemd set; the machine's own figures ignore them."""
 
 
+HOST_SHARE = 0.8
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as torch sees it."""
+    """One GPU as torch sees it; `usable`: torch was built for it."""
 
     name: str
     compute_capability: str
@@ -35,6 +39,7 @@ class Gpu:
     free_bytes: int
     bf16: bool
     fp8: bool
+    usable: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,30 @@ def memory_bytes() -> tuple[int, int]:
     """Total and available memory, no more than is allowed by the limits of the control groups that this process is in."""
     memory, limits = psutil.virtual_memory(), list(_limits())
     return min([memory.total, *(limit for limit, _ in limits)]), max(0, min([memory.available, *(limit - used for limit, used in limits)]))
+
+
+def pinnable_bytes() -> float:
+    """What weights that a GPU reads may take of the host's free memory: the operating system needs the rest, and WSL 2 pins half of all at most."""
+    total, available = memory_bytes()
+    return min(available * HOST_SHARE, total / 2) if is_wsl() else available * HOST_SHARE
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux in Windows."""
+    return "microsoft" in platform.release().lower()
+
+
+def has_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether a torch built for these architectures (`torch.cuda.get_arch_list`) runs on a GPU: sm_86 from 8.6 up to 8.9, sm_90a on 9.0 alone, compute_90
+    on all from 9.0 on, for which the driver compiles it (CUDA C++ Programming Guide, "Application Compatibility"). True where nothing is known."""
+    known = [found for name in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name))]
+
+    def runs(kind: str, major: int, minor: int, narrow: str) -> bool:
+        if narrow or (major, minor) == capability:
+            return (major, minor) == capability
+        return (major, minor) < capability and (kind == "compute" or major == capability[0])
+
+    return not known or any(runs(found[1], int(found[2]), int(found[3]), found[4]) for found in known)
 
 
 def _limits() -> Iterator[tuple[int, int]]:
@@ -171,7 +200,9 @@ def _gpu(number: int) -> Gpu:
         free_bytes = 0
     capability = (properties.major, properties.minor)
     # In hardware: bf16 since Ampere (8.0), fp8 since Ada (8.9).
-    return Gpu(properties.name, f"{properties.major}.{properties.minor}", total_bytes, free_bytes, bf16=capability >= (8, 0), fp8=capability >= (8, 9))
+    usable = has_kernels(capability, torch.cuda.get_arch_list())
+    name, shown = properties.name, f"{properties.major}.{properties.minor}"
+    return Gpu(name, shown, total_bytes, free_bytes, bf16=usable and capability >= (8, 0), fp8=usable and capability >= (8, 9), usable=usable)
 
 
 def requirements(extra: str = "") -> list[Requirement]:

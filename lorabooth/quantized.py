@@ -146,5 +146,6 @@ def fp8_product(x: Tensor, columns: Tensor, fast: bool = False) -> Tensor:
 
 def wide(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that the small one stands for."""
-    values = weight.view(torch.float8_e4m3fn) if weight.dtype == torch.uint8 else weight
-    return values.to(dtype) * scale.to(dtype)
+    if weight.dtype == torch.int8:
+        return weight * scale.to(dtype)  # one kernel, which reads a byte; torch has none for fp8
+    return weight.view(torch.float8_e4m3fn).to(dtype) * scale.to(dtype)

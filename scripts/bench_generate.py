@@ -84,9 +84,9 @@ class Bench:
         engine.base.prompts._known[PROMPT, ()] = self.conditioning  # random bases have no text encoders
         return engine
 
-    def request(self) -> Request:
+    def request(self, steps: int | None = None) -> Request:
         """One picture of native size."""
-        return Request(PROMPT, self.px, self.px, SEED, 1, self.steps, GUIDANCE)
+        return Request(PROMPT, self.px, self.px, SEED, 1, steps or self.steps, GUIDANCE)
 
     def pipeline(self) -> FluxPipeline:
         """diffusers' own, around the same parts."""
@@ -157,20 +157,22 @@ CPU_ARMS = (
 )
 GPU_ARMS = (
     plain("FluxPipeline"),
-    plain("FluxPipeline, load_lora_weights", lora=True),
-    plain("FluxPipeline, compiled", compiled=True),
-    plain("FluxPipeline, compiled, load_lora_weights", lora=True, compiled=True),
     ours("lorabooth bf16", Settings(precision="bf16")),
     ours("lorabooth bf16, LoRA merged", Settings(precision="bf16"), (16,)),
+    plain("FluxPipeline, load_lora_weights", lora=True),
     ours("lorabooth bf16, LoRA beside the weights", Settings(precision="bf16", mixed=True), (16,)),
     ours("lorabooth bf16, batch of 4 LoRAs", Settings(precision="bf16", mixed=True, batch=4), (4, 8, 16, 32)),
-    ours("lorabooth bf16 compiled, LoRA merged", Settings(precision="bf16", fast=True), (16,)),
-    ours("lorabooth fast, LoRA merged", Settings(fast=True), (16,)),
-    ours("lorabooth fast, cache balanced", Settings(fast=True, cache="balanced")),
-    ours("lorabooth fast, cache max", Settings(fast=True, cache="max")),
     ours("24 GB card", Settings(), (16,), 24),
     ours("16 GB card", Settings(), (16,), 16),
     ours("12 GB card", Settings(), (16,), 12),
+)
+COMPILED_ARMS = (
+    ours("lorabooth fast, LoRA merged", Settings(fast=True), (16,)),
+    plain("FluxPipeline, compiled", compiled=True),
+    ours("lorabooth bf16 compiled, LoRA merged", Settings(precision="bf16", fast=True), (16,)),
+    plain("FluxPipeline, compiled, load_lora_weights", lora=True, compiled=True),
+    ours("lorabooth fast, cache balanced", Settings(fast=True, cache="balanced")),
+    ours("lorabooth fast, cache max", Settings(fast=True, cache="max")),
 )
 
 
@@ -212,7 +214,7 @@ def swaps(bench: Bench, settings: Settings) -> dict[str, Any]:
     engine, draw, times = bench.engine(settings), random.Random(0), []
     choices = [(bench.loras[i],) for i in range(len(RANKS))]
     for loras in (*choices, ()):  # read, and what is untouched is put by
-        engine.together([Piece(bench.request(), SEED, loras)])
+        engine.together([Piece(bench.request(1), SEED, loras)])
     before = counters["stats"]["unique_graphs"]
     place = 0
     for _ in range(SWAPS):
@@ -220,7 +222,7 @@ def swaps(bench: Bench, settings: Settings) -> dict[str, Any]:
         weighted, _ = engine.adapters.weighted(choices[place])
         times.append(1000 * seconds_of(lambda weighted=weighted: engine.base.transformer([weighted]), bench.device))
     for loras in choices if settings.fast else ():
-        engine.together([Piece(bench.request(), SEED, loras)])
+        engine.together([Piece(bench.request(1), SEED, loras)])
     return {"median_ms": median(times), "largest_ms": max(times), "compiled_again": counters["stats"]["unique_graphs"] - before}
 
 

@@ -27,6 +27,7 @@ import torch
 import torch._dynamo
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from infer.settings import Settings
@@ -36,19 +37,20 @@ from lorabooth.config import TrainConfig
 from lorabooth.device import base_dtype, check_memory, compute_device
 from lorabooth.errors import UserError, out_of_memory
 from lorabooth.families.flux1 import Flux1
-from lorabooth.machine import memory_bytes
+from lorabooth.machine import memory_bytes, pinnable_bytes
 from lorabooth.photos import Manifest, Photo
+from lorabooth.quantized import QuantizedLinear, wide
 from lorabooth.runs import RunDir
 from lorabooth.sizes import Estimate
 from lorabooth.speed import assumed
-from scripts.bench_generate import CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
+from scripts.bench_generate import COMPILED_ARMS, CONTEXT_BYTES, CPU_ARMS, GPU_ARMS, STEPS, Arm, Bench, in_turns, one_by_one, plain_swaps, seconds_of, swaps
 from scripts.bench_generate import table as generating_table
 from scripts.random_flux import DEV, TINY, Size, random_conditioning, write_model
 from train import fit
 from train.compiled import compile_blocks
 from train.data import CLASS_SUFFIX, EMPTY, TRIGGER_ONLY, items, stem, text_name
 from train.plan import MemoryPlan, choose, wanted
-from train.planning import HOST_SHARE, plans_for, shapes_of
+from train.planning import plans_for, shapes_of
 
 WARM_UP_STEPS = 5
 PHOTO = Photo("00001.png", "random numbers", 1024, 1024, "", None)
@@ -121,7 +123,7 @@ def planned(config: TrainConfig, family: Flux1, device: torch.device, card_gib: 
     if card_gib is None:
         return plans_for(config, family, device)[0]
     gpu_bytes = card_gib * 2**30 - CONTEXT_BYTES
-    return choose(shapes_of(config, family), config, assumed(gpu_bytes), gpu_bytes, memory_bytes()[1] * HOST_SHARE)[0]
+    return choose(shapes_of(config, family), config, assumed(gpu_bytes), gpu_bytes, pinnable_bytes())[0]
 
 
 def gemm_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -208,6 +210,23 @@ def step_times(run: RunDir, family: Flux1, accelerator: Accelerator, plan: Memor
     return Timed(singly[WARM_UP_STEPS:], in_a_row, compiling, torch.stack(losses).tolist())
 
 
+def products(side: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds of one frozen linear [side, side] of as many tokens in each precision, forward and backward; in fp8 also a backward in bf16, from the same
+    weight made wide, which reads it as it lies."""
+    found = {}
+    linear = nn.Linear(side, side, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(side, side, device=device, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    for precision in ("bf16", "int8", "fp8"):
+        layer = linear if precision == "bf16" else QuantizedLinear(linear, precision)
+        y = layer(x)
+        ways: dict[str, Callable[[], Any]] = {"forward": partial(layer, x), "backward": partial(torch.autograd.grad, y, x, gradient, retain_graph=True)}
+        if isinstance(layer, QuantizedLinear):
+            ways["backward in bf16"] = lambda layer=layer: gradient @ wide(layer.weight, layer.scale, gradient.dtype)
+        found[precision] = {name: 1000 * median([seconds_of(way, device) for _ in range(15)][5:]) for name, way in ways.items()}
+    return found
+
+
 def has_8bit_optimizers(device: torch.device) -> bool:
     """Whether bitsandbytes, training's default on a GPU, takes a step on this one."""
     weights = torch.zeros(1 << 16, device=device, requires_grad=True)
@@ -221,27 +240,42 @@ def has_8bit_optimizers(device: torch.device) -> bool:
     return True
 
 
-def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
-    """Seconds of a picture and milliseconds between two LoRAs, ours beside diffusers' pipeline: all that is there, whenever there is more."""
+def time_generating(family: Flux1, size: Size, device: torch.device, folder: Path, rounds: int, end: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Seconds of a picture and milliseconds between two LoRAs, ours beside diffusers' pipeline: all that is there, whenever there is more.
+
+    end: by the monotonic clock; nothing is begun after it.
+    """
     bench = Bench(family, device, random_conditioning(size, base_dtype(device)), folder, STEPS if device.type == "cuda" else 2)
     bench.write_loras()
     found: dict[str, Any] = {"pictures": [], "swaps": {}}
+    eager, compiled = {"merged": Settings(precision="bf16")}, {"fast, merged": Settings(fast=True), "fast, beside the weights": Settings(fast=True, mixed=True)}
     if device.type == "cpu":
-        found["pictures"], kinds = in_turns(bench, CPU_ARMS, 1), {"merged": Settings(), "beside the weights": Settings(mixed=True)}
-    else:
-        for arm in GPU_ARMS:
-            found["pictures"] += one_by_one(bench, (arm,), rounds)
-            yield found
-        kinds = {"merged": Settings(precision="bf16"), "fast, merged": Settings(fast=True), "fast, beside the weights": Settings(fast=True, mixed=True)}
-    ways: dict[str, Callable[[], dict[str, Any]]] = {"FluxPipeline": lambda: plain_swaps(bench)}
-    ways |= {name: partial(swaps, bench, settings) for name, settings in kinds.items()}
-    for name, measure in ways.items():
+        found["pictures"], eager, compiled = in_turns(bench, CPU_ARMS, 1), {"merged": Settings()}, {"beside the weights": Settings(mixed=True)}
+
+    def drawn(arm: Arm) -> None:
+        found["pictures"] += one_by_one(bench, (arm,), rounds)
+
+    def swapped(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         forget(device)
         try:
             found["swaps"][name] = measure()
         except Exception as error:  # out of memory too: the others say something all the same
             found["swaps"][name] = {"failed": f"{type(error).__name__}: {error}"}
+
+    def of(arms: tuple[Arm, ...]) -> list[tuple[str, Callable[[], None]]]:
+        return [(arm.name, partial(drawn, arm)) for arm in arms if device.type != "cpu"]
+
+    def between(kinds: dict[str, Settings]) -> list[tuple[str, Callable[[], None]]]:
+        return [(name, partial(swapped, name, partial(swaps, bench, settings))) for name, settings in kinds.items()]
+
+    plain = [("FluxPipeline", partial(swapped, "FluxPipeline", partial(plain_swaps, bench)))]
+    for name, measure in [*of(GPU_ARMS), *plain, *between(eager), *of(COMPILED_ARMS), *between(compiled)]:  # what says most for its time first
+        if time.monotonic() > end:
+            found.setdefault("left_out", []).append(name)
+            continue
+        measure()
         yield found
+    yield found
 
 
 def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
@@ -250,7 +284,7 @@ def speed(seconds: float, tflop: float, rate: float) -> dict[str, float]:
 
 
 def check(what: str, steps: int, size: Size, device: torch.device, out: Path, minutes: float) -> dict[str, Any]:
-    """Do it, and write down what is there after each figure; no training is begun after so many minutes."""
+    """Do it, and write down what is there after each figure; nothing is begun after so many minutes."""
     end = time.monotonic() + 60 * minutes
     accelerator = Accelerator(cpu=device.type == "cpu")
     rate = gemm_rate(size.gemm, device, base_dtype(device))
@@ -264,6 +298,7 @@ def check(what: str, steps: int, size: Size, device: torch.device, out: Path, mi
         if device.type == "cuda":
             largest = TrainConfig(trigger_word="TOK", model=family.model, resolution=str(size.sides_px[-1]))
             record["attention"] = choose_kernel(max(largest.resolutions_px), family, device)
+            record["products_ms"] = products(size.gemm // 2, device)
         write(out, record)
         parts = PARTS if what in ("train", "all") else tuple(part for part in PARTS if part == what)
         turns = zip_longest(*(cases(part, size) for part in parts))  # some of each part, however early the end comes
@@ -279,7 +314,7 @@ def check(what: str, steps: int, size: Size, device: torch.device, out: Path, mi
             record["rows"].append(row)
             write(out, record)
         if what in ("generate", "all") and not lost:
-            for found in time_generating(family, size, device, Path(folder), min(steps, 3)):
+            for found in time_generating(family, size, device, Path(folder), min(steps, 3), end):
                 write(out, record | {"generating": found})
             record["generating"] = found
     write(out, record)
@@ -322,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--steps", type=int, default=20, help=f"timed training steps of each training, 2 or more, after {WARM_UP_STEPS} to warm up [default: 20]"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="[default: benchmarks/results/gpu.json]")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after so many [default: no end]")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many [default: no end]")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on any device: tries this script, measures nothing")
     a = parser.parse_args(arguments)
     try:

@@ -46,12 +46,13 @@ def test_a_compiled_run_is_the_run_without(tiny_run: Path, tmp_path: Path, setti
     assert not counters["aot_autograd"]["autograd_cache_bypass"], "what is traced is found again at the next start"
 
 
-def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "modulation ahead"])
+def test_nothing_is_compiled_after_the_first_step_and_no_graph_is_broken(ahead: bool, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     counters.clear()
     # What is traced is the same for every backend, and this one makes no code.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     settings = {"resolution": "64,96,128", "preservation_rate": 0.25, "validation_photos": 1, "preview_every": 1}
-    run = untrained(tiny_run, tmp_path / "run", batch_size=1, **settings)
+    run = untrained(tiny_run, tmp_path / "run", batch_size=1, precompute_modulation=ahead, **settings)
     encode.run(run)
     trainer = fit.start(run, run.config, load_family("mini"), Accelerator(cpu=True))
     compile_blocks(trainer)

@@ -25,7 +25,7 @@ from infer.loras import LoraChoice
 from infer.plan import ServingPlan
 from infer.request import Request, Source
 from infer.settings import Settings
-from lorabooth.device import check_bf16
+from lorabooth.device import check_device
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
 from lorabooth.lora import LoraSpec, save_lora, tensors
@@ -410,7 +410,7 @@ def test_a_gpu_without_bf16_is_refused_for_a_model_of_flux_size(capability: tupl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080 Ti")
     with pytest.raises(UserError, match=r"bf16, which RTX 2080 Ti \(compute capability 7.5\) lacks") if refused else nullcontext():
-        check_bf16(torch.device("cuda"), native_px, "FLUX.1-dev")
+        check_device(torch.device("cuda"), native_px, "FLUX.1-dev")
 
 
 def test_where_memory_runs_out_the_next_lighter_plan_makes_the_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

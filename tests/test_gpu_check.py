@@ -58,6 +58,12 @@ def test_only_what_is_asked_for_is_timed_and_nothing_after_the_last_minute(tmp_p
     assert len(record["left_out"]) == 10 and all(name.startswith("table: ") for name in record["left_out"])
 
 
+def test_no_picture_is_begun_after_the_last_minute(tmp_path: Path):
+    assert gpu_check.main(["generate", "--tiny", "--steps", "2", "--minutes", "0", "--out", str(tmp_path / "gpu.json")]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())["generating"]
+    assert record["left_out"] == ["FluxPipeline", "merged", "beside the weights"] and not record["swaps"]
+
+
 def test_a_case_that_fails_is_a_row_that_says_so_and_what_was_timed_before_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out, timed = tmp_path / "gpu.json", gpu_check.step_times
     seen = []

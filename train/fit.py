@@ -19,7 +19,7 @@ from lorabooth import __version__
 from lorabooth.attention import choose_kernel
 from lorabooth.checkpoints import folders, start_of
 from lorabooth.config import TrainConfig
-from lorabooth.device import base_dtype, compute_device
+from lorabooth.device import base_dtype, compute_device, forget_pinned
 from lorabooth.errors import UserError, out_of_memory
 from lorabooth.families import load_family
 from lorabooth.families.flux1 import GUIDANCE_IN_TRAINING, Flux1
@@ -113,6 +113,7 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
     finally:
         del trainer
         accelerator.free_memory()
+        forget_pinned()
 
 
 def finished(run_dir: RunDir) -> bool:

@@ -98,10 +98,8 @@ def estimate(plan: MemoryPlan, shapes: Shapes, config: TrainConfig, speed: Speed
     each, wide = BYTES[plan.precision], 4 if plan.precision == "fp32" else 2
     blocks = _blocks(plan, shapes)
     swapped = spread(blocks, plan.swapped)
-    # Two places for the blocks that come and go: one at work, one on its way.
-    slots = 2 * max(swapped, default=0)
-    if plan.shards > 1:
-        slots = 2 * max(blocks)
+    # Places for the blocks that come and go: one at work, one on its way; FSDP2 keeps what the one before was gathered in until the next has been copied out.
+    slots = 3 * max(blocks) if plan.shards > 1 else 2 * max(swapped, default=0)
     tokens = config.batch_size * max(_tokens(shapes, px) for px in config.resolutions_px)
     items = {
         "base": ((sum(blocks) - sum(swapped)) / plan.shards + slots) * each + shapes.rest * wide,

@@ -32,20 +32,19 @@ def plan(recipe: Path | None, vram_gb: float | None, ram_gb: float | None, as_js
     model_folder(config.model)  # a name that is none is refused before seconds of imports
 
     with heavy_imports():
-        import torch
-
         from lorabooth.device import compute_device, free_gpu_bytes
         from lorabooth.families import family_to_plan
-        from lorabooth.machine import memory_bytes
+        from lorabooth.machine import pinnable_bytes
         from lorabooth.sizes import GB
         from lorabooth.speed import speed_of
         from train.plan import choose, table
-        from train.planning import HOST_SHARE, shapes_of
+        from train.planning import shapes_of
 
-    check_stated(vram_gb, torch.cuda.is_available())
+    device = compute_device()
+    check_stated(vram_gb, device.type != "cpu")
     stated_bytes = vram_gb * GB if vram_gb else None
-    gpu_bytes = stated_bytes or free_gpu_bytes(compute_device())
-    host_bytes = ram_gb * GB if ram_gb else memory_bytes()[1] * HOST_SHARE
+    gpu_bytes = stated_bytes or free_gpu_bytes(device)
+    host_bytes = ram_gb * GB if ram_gb else pinnable_bytes()
     speed = speed_of(stated_bytes)
     estimates = choose(shapes_of(config, family_to_plan(config.model)), config, speed, gpu_bytes, host_bytes)
     if as_json:

@@ -6,20 +6,17 @@ from dataclasses import replace
 import torch
 
 from lorabooth.config import TrainConfig
-from lorabooth.device import check_bf16, free_gpu_bytes
+from lorabooth.device import check_device, free_gpu_bytes
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import Flux1
 from lorabooth.lora import LoraSpec
-from lorabooth.machine import memory_bytes
+from lorabooth.machine import pinnable_bytes
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 from lorabooth.sizes import BEST_FIRST, Estimate
 from lorabooth.speed import Speed, measured
 from train.checkpoint import saved_precision
 from train.plan import MemoryPlan, Shapes, choose, estimate
-
-HOST_SHARE = 0.8
-"""How much of the host's free memory pinned weights may take; the operating system needs the rest."""
 
 
 def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: int = 1) -> list[Estimate[MemoryPlan]]:
@@ -28,10 +25,10 @@ def plans_for(config: TrainConfig, family: Flux1, device: torch.device, shards: 
     shards: how many processes divide the base among them.
     """
     shapes = shapes_of(config, family)
+    check_device(device, family.native_px, config.model)
     if device.type == "cuda":
-        check_bf16(device, family.native_px, config.model)
         # The processes of one machine share its memory (torchrun and accelerate say how many they are).
-        host_bytes = memory_bytes()[1] * HOST_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host_bytes = pinnable_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return choose(shapes, config, measured(), free_gpu_bytes(device), host_bytes, shards)
     count = len(shapes.blocks)
     swapped = min(config.blocks_to_swap or 0, count)
