@@ -7,7 +7,7 @@ import difflib
 import reprlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -28,6 +28,7 @@ NOT_RECIPE = ("hf_repo_id", "hf_private", "trackers", "wandb_project", "wandb_ru
 """Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on, and its figures go elsewhere."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+MODELS = ("mini", FLUX_DEV)
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
 """Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
 
@@ -210,6 +211,20 @@ class TrainConfig(BaseModel):
     def recipe(self) -> dict[str, Any]:
         """What is trained and how, as plain JSON types."""
         return self.model_dump(mode="json", exclude=set(NOT_RECIPE))
+
+
+_KNOWN = {
+    "model": MODELS,
+    "caption_model": ("auto", "template"),
+    "gradient_checkpointing": ("auto", "none", "all"),
+    "trackers": ("none", *TRACKERS),
+}
+
+
+def known_values(name: str) -> tuple[str, ...]:
+    """Values of a setting that have names, for a shell to complete: all that there are, or those beside numbers, folders and the like."""
+    annotation = TrainConfig.model_fields[name].annotation
+    return _KNOWN.get(name) or tuple(value for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal for value in get_args(part))
 
 
 MAX_RECIPE_BYTES = 1 << 16

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from lorabooth import consent, stages
 from lorabooth.archive import check_kind
+from lorabooth.arguments import Known, Location
 from lorabooth.check.command import check_new_run
-from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config, read_recipe
+from lorabooth.config import HOSTED_NAMES, TrainConfig, known_values, load_config, read_recipe
 from lorabooth.errors import UserError, is_utf8
 from lorabooth.notes import note
 from lorabooth.photos import Manifest, ingest
@@ -37,7 +38,7 @@ def config_options(command: Command) -> Command:
         flags = [f"--{n.replace('_', '-')}" for n in names]
         default = "" if field.is_required() or field.default is None else f" [default: {_show(field.default)}]"
         types = get_args(field.annotation) or (field.annotation,)
-        kind: Any = next((t for t in (bool, int, float) if t in types), str)
+        kind: Any = next((t for t in (bool, int, float) if t in types), Known(*known_values(name), otherwise="dir" if name == "model" else ""))
         command = click.option(*flags, name, type=kind, multiple=name == "preview_prompts", default=None, help=(field.description or "") + default)(command)
     return command
 
@@ -47,16 +48,14 @@ def _show(value: Any) -> str:
 
 
 @click.command()
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("photos", type=Location())
 @click.option(
     "--recipe",
-    type=click.Path(path_type=Path),
+    type=Location(),
     help="YAML file of settings; options given here win over it. For the mini model, what it leaves open is as in configs/mini.yaml. [default: none]",
 )
-@click.option(
-    "--class-photos", type=click.Path(path_type=Path), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]"
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
+@click.option("--class-photos", type=Location(), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]")
+@click.option("--out", type=Location(), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
 @click.option("--consent", "consented", is_flag=True, help="Everyone in the photos has agreed. [default: asked once at a terminal, then remembered]")
 @click.option("--json", "as_json", is_flag=True, help="Print the paths of the result as JSON.")
 @click.option(
