@@ -25,8 +25,8 @@ except Exception as error:
 """Reads wandb's settings and looks for a key, where one is needed; asks no server and starts no run. In a process of its own, for wandb keeps what it read."""
 HINTS = {
     "project": "choose another --wandb-project",
-    "mode": "set WANDB_MODE to online, offline or disabled",
-    "key": "log in with wandb login, or set WANDB_API_KEY to a key of yours",
+    "mode:": "set WANDB_MODE to online, offline or disabled",
+    "api key": "log in with wandb login, or set WANDB_API_KEY to a key of yours",
 }
 """By a word in what a tracker says of it."""
 
