@@ -8,6 +8,7 @@ import click
 from lorabooth import keys
 from lorabooth.arguments import LORA, Location
 from lorabooth.imports import heavy_imports
+from lorabooth.runs import prepared
 
 RANKS = click.IntRange(1, 1024)
 
@@ -38,11 +39,12 @@ def convert(references: tuple[str, ...], form: str, dtype: str | None, rank: int
     Example, two made one, of rank 32:
       lorabooth convert runs/TOK-photos:0.9 style.safetensors:0.5 --format kohya --rank 32 --out both.safetensors
     """
-    with heavy_imports():
-        from infer.convert import write
-        from infer.loras import resolve
+    with prepared((out or Path()).parent):
+        with heavy_imports():
+            from infer.convert import write
+            from infer.loras import resolve
 
-    write(tuple(resolve(reference) for reference in references), form, dtype, rank, out)
+        write(tuple(resolve(reference) for reference in references), form, dtype, rank, out)
 
 
 @click.command()
@@ -56,7 +58,8 @@ def export(run: Path, raw: bool, form: str, dtype: str | None, rank: int | None,
     Example:
       lorabooth export runs/TOK-photos --format comfyui --out ComfyUI/models/loras/TOK.safetensors
     """
-    with heavy_imports():
-        from infer.convert import export_run
+    with prepared((out or Path()).parent):
+        with heavy_imports():
+            from infer.convert import export_run
 
-    export_run(run, raw, form, dtype, rank, out)
+        export_run(run, raw, form, dtype, rank, out)

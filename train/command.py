@@ -223,8 +223,18 @@ def _state(photos: Path, folder: Path) -> list[list[Any]]:
 def _digest(photos: Path, folder: Path, record: dict[str, Any] | None = None) -> str:
     """SHA-256 over the names and bytes of the files. record: the source that is compared with, whose name an archive takes: its own does not count."""
     name = Path(record["photos"]).name if record and photos.is_file() else ""
-    lines = [f"{_hash(file, file.stat().st_size, file.stat().st_mtime_ns)} {name or file.name}" for file in _files(photos, folder)]
+    lines = [f"{_content(file, photos)} {name or file.name}" for file in _files(photos, folder)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _content(file: Path, photos: Path) -> str:
+    """What tells a file's content from others'; the same for all those of a folder that cannot be read, which are left out when the photos are taken in."""
+    try:
+        return _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
+    except OSError:
+        if file == photos:
+            raise
+        return "unreadable"
 
 
 @cache
@@ -237,7 +247,7 @@ def _files(photos: Path, folder: Path) -> list[Path]:
     """The zip, or the visible files in a folder of photos without those of the run itself, which may lie in it."""
     if not photos.is_dir():
         return [photos]
-    return sorted(file for file in photos.resolve().rglob("*") if file.is_file() and file.name[0] != "." and not file.is_relative_to(folder.resolve()))
+    return sorted(file for file in photos.resolve().rglob("*") if os.path.isfile(file) and file.name[0] != "." and not file.is_relative_to(folder.resolve()))
 
 
 def default_folder(photos: Path, trigger_word: str) -> Path:
