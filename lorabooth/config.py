@@ -4,6 +4,7 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 """
 
 import difflib
+import re
 import reprlib
 from collections import Counter
 from pathlib import Path
@@ -90,7 +91,9 @@ class TrainConfig(BaseModel):
         lt=1,
         description="Share of each batch that keeps the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
     )
-    class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog.")
+    class_phrase: str = Field(
+        "a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog. Of subject object: an object."
+    )
     prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
     horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")
@@ -141,7 +144,14 @@ class TrainConfig(BaseModel):
             raise ValueError(f"must be visible text on one line, such as {example}")
         if "[trigger]" in value:
             raise ValueError(f"must be a word of your own, such as {example}: [trigger] is what stands for the trigger word in prompts and captions")
+        if field.field_name == "trigger_word" and re.search(r"[{|}\\]|__", value):
+            raise ValueError("must have none of { | } \\ __, which are wildcards in prompts")
         return " ".join(value.split())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_of_subject(cls, values: Any) -> Any:
+        return {"class_phrase": "an object"} | values if isinstance(values, dict) and values.get("subject") == "object" else values
 
     @model_validator(mode="before")
     @classmethod

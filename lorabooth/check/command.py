@@ -25,7 +25,10 @@ NOT_YET_CODE = 1
 @click.option(
     "--subject", type=Known(*known_values("subject")), help="What they show: person, object or style; faces matter for a person. [default: person; a run's own]"
 )
-@click.option("--class-phrase", help="What the photos are of, such as a man or a dog: its words may stand in every caption. [default: a person; a run's own]")
+@click.option(
+    "--class-phrase",
+    help="What the photos are of, such as a man or a dog: its words may stand in every caption. [default: a person, or an object; a run's own]",
+)
 @click.option("--html", "page", type=Location(), help="Write a contact sheet to this file: one page with all photos and findings. [default: none]")
 @click.option("--fix", "out", type=Location(), help="Write a cleaned copy to this new folder. [default: none]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for a program to read.  [default: text]")
