@@ -12,10 +12,11 @@ from infer import loras as lora_store
 from infer.filter import content_filter
 from infer.finish_options import FinishOptions, finish_options
 from infer.named_base import base_of
-from infer.options import PictureOptions, engine_options, filter_option, picture_options
+from infer.options import MODEL, PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.request import FORMATS, Request, any_seed
 from infer.settings import Settings
+from lorabooth.arguments import LORA, Location
 from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
 from lorabooth.runs import prepared
@@ -26,16 +27,17 @@ from lorabooth.runs import prepared
 @click.option(
     "--lora",
     "references",
+    type=LORA,
     multiple=True,
     metavar="RUN|FILE|HUB-ID|URL[:WEIGHT]",
     help="LoRA to apply, with a weight from -2 to 3 [default: 1]; may be given several times.",
 )
-@click.option("--model", help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")
+@click.option("--model", type=MODEL, help="Base model. [default: the one the first LoRA was trained on, else black-forest-labs/FLUX.1-dev]")
 @click.option("-n", "--num-outputs", type=int, default=1, show_default=True, help="Pictures to make; picture i has seed + i.")
 @click.option("--seed", type=int, help="Start of the noise; the same seed gives the same picture. [default: random, printed]")
 @click.option("--format", "output_format", type=click.Choice(FORMATS), default="webp", show_default=True, help="File format.")
 @click.option("--quality", "output_quality", type=click.IntRange(0, 100), default=80, show_default=True, help="Quality of webp and jpg, 0-100.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
+@click.option("--out", type=Location(), default=Path("pictures"), show_default=True, help="Folder for the pictures.")
 @click.option("--live", is_flag=True, help="Show the picture that is coming in OUT/live.png, in rough.")
 @filter_option
 @click.option("--json", "as_json", is_flag=True, help="Print files and seeds as JSON.")

@@ -6,7 +6,9 @@ from pathlib import Path
 import click
 
 from lorabooth import keys
+from lorabooth.arguments import LORA, Location
 from lorabooth.imports import heavy_imports
+from lorabooth.runs import prepared
 
 RANKS = click.IntRange(1, 1024)
 
@@ -17,14 +19,14 @@ def format_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--format", "form", type=click.Choice(keys.WRITTEN), required=True, help="Whose names and layers: diffusers', kohya's, ComfyUI's."),
         click.option("--dtype", type=click.Choice(keys.PRECISIONS), help="Precision of the numbers. [default: that of the (first) file]"),
         click.option("--rank", type=RANKS, help="Reduce to at most this rank, by singular values; prints what that loses."),
-        click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: NAME-FORMAT.safetensors in this folder]"),
+        click.option("--out", type=Location(dir_okay=False), help="File to write. [default: NAME-FORMAT.safetensors in this folder]"),
     )):  # fmt: skip
         command = option(command)
     return command
 
 
 @click.command()
-@click.argument("references", nargs=-1, required=True, metavar="RUN|FILE|HUB-ID|URL[:WEIGHT]...")
+@click.argument("references", type=LORA, nargs=-1, required=True, metavar="RUN|FILE|HUB-ID|URL[:WEIGHT]...")
 @format_options
 def convert(references: tuple[str, ...], form: str, dtype: str | None, rank: int | None, out: Path | None) -> None:
     """Write a LoRA in another program's format; several are merged into one, each by its weight.
@@ -37,15 +39,16 @@ def convert(references: tuple[str, ...], form: str, dtype: str | None, rank: int
     Example, two made one, of rank 32:
       lorabooth convert runs/TOK-photos:0.9 style.safetensors:0.5 --format kohya --rank 32 --out both.safetensors
     """
-    with heavy_imports():
-        from infer.convert import write
-        from infer.loras import resolve
+    with prepared((out or Path()).parent):
+        with heavy_imports():
+            from infer.convert import write
+            from infer.loras import resolve
 
-    write(tuple(resolve(reference) for reference in references), form, dtype, rank, out)
+        write(tuple(resolve(reference) for reference in references), form, dtype, rank, out)
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=Location(file_okay=False))
 @click.option("--raw", is_flag=True, help="The weights of the last step, without averaging over the steps.")
 @format_options
 def export(run: Path, raw: bool, form: str, dtype: str | None, rank: int | None, out: Path | None) -> None:
@@ -55,7 +58,8 @@ def export(run: Path, raw: bool, form: str, dtype: str | None, rank: int | None,
     Example:
       lorabooth export runs/TOK-photos --format comfyui --out ComfyUI/models/loras/TOK.safetensors
     """
-    with heavy_imports():
-        from infer.convert import export_run
+    with prepared((out or Path()).parent):
+        with heavy_imports():
+            from infer.convert import export_run
 
-    export_run(run, raw, form, dtype, rank, out)
+        export_run(run, raw, form, dtype, rank, out)

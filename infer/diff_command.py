@@ -4,14 +4,15 @@ import json
 
 import click
 
+from lorabooth.arguments import LORA
 from lorabooth.imports import heavy_imports
 
 EXIT_DIFFERENT = 1
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", type=LORA, metavar="A")
+@click.argument("b", type=LORA, metavar="B")
 @click.option("--top", type=click.IntRange(0, 10_000), default=10, show_default=True, help="How many layers to list, those that differ most first.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from lorabooth.arguments import Location
+
 FACES_LIMIT = 8
 """Faces of a picture that are redrawn, at most."""
 
@@ -38,7 +40,7 @@ def finish_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--detail-prompt", metavar="TEXT", help="What to draw there. [default: a close-up of the LoRA's person, and PROMPT]"),
         click.option("--detail-faces", type=int, help="Faces a picture to redraw; each becomes the LoRA's person. [default: 1]"),
         click.option("--best-of", type=int, metavar="N", help="Draw N pictures a prompt and keep the -n most like the photos."),
-        click.option("--like", type=click.Path(path_type=Path), metavar="RUN|FOLDER", help="Photos to compare with. [default: those of the LoRA's run]"),
+        click.option("--like", type=Location(), metavar="RUN|FOLDER", help="Photos to compare with. [default: those of the LoRA's run]"),
     )
     for option in reversed(added):
         option(gathered)

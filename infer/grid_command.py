@@ -10,9 +10,10 @@ from infer import loras as lora_store
 from infer.columns import DEFAULT_WEIGHTS, Column, checkpoint_columns, weight_columns, weights_of
 from infer.filter import content_filter
 from infer.named_base import base_of
-from infer.options import PictureOptions, engine_options, filter_option, picture_options
+from infer.options import MODEL, PictureOptions, engine_options, filter_option, picture_options
 from infer.prompts import PromptOptions, Prompts, prompt_options
 from infer.settings import Settings
+from lorabooth.arguments import LORA, Location
 from lorabooth.errors import UserError
 from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
@@ -21,12 +22,14 @@ from lorabooth.runs import RunDir, prepared
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="LoRA whose weights are compared; further ones keep theirs.")
+@click.option(
+    "--lora", "references", type=LORA, multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="LoRA whose weights are compared; further ones keep theirs."
+)
 @click.option("--weights", help=f"Weights by commas, or from..to+step such as 0..1.2+0.2. [default: {DEFAULT_WEIGHTS}]")
-@click.option("--checkpoints", "run", type=click.Path(path_type=Path), metavar="RUN", help="Compare the checkpoints of this run instead of weights.")
-@click.option("--model", help="Base model. [default: the one the LoRA was trained on]")
+@click.option("--checkpoints", "run", type=Location(), metavar="RUN", help="Compare the checkpoints of this run instead of weights.")
+@click.option("--model", type=MODEL, help="Base model. [default: the one the LoRA was trained on]")
 @click.option("--seed", type=int, default=42, show_default=True, help="Start of the noise, the same for all pictures.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("grid"), show_default=True, help="Folder for the grid.")
+@click.option("--out", type=Location(), default=Path("grid"), show_default=True, help="Folder for the grid.")
 @filter_option
 @picture_options
 @engine_options

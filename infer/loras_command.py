@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from infer.lora_list import Listed, listed
 from infer.table import cut, table
+from lorabooth.arguments import LORA, Location
 from lorabooth.errors import UserError
 from lorabooth.imports import heavy_imports
 
@@ -20,7 +21,7 @@ ALWAYS = ("attention", "feed-forward", "norms")
 
 
 @click.group(invoke_without_command=True)
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of the runs.")
+@click.option("--runs", type=Location(), default=Path("runs"), show_default=True, help="Folder of the runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.pass_context
 def loras(context: click.Context, runs: Path, as_json: bool) -> None:
@@ -49,7 +50,7 @@ def loras(context: click.Context, runs: Path, as_json: bool) -> None:
 
 
 @loras.command()
-@click.argument("references", nargs=-1, required=True, metavar="RUN|FILE|HUB-ID|URL...")
+@click.argument("references", type=LORA, nargs=-1, required=True, metavar="RUN|FILE|HUB-ID|URL...")
 @click.option("--layers", "with_layers", is_flag=True, help="List each layer of the base that it changes.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON: a list, one for each file.")
 @click.pass_context

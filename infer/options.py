@@ -12,6 +12,8 @@ from PIL import Image, ImageChops
 from infer.request import ASPECT_RATIOS, MEGAPIXELS, Request, Source, side_for, size_for, size_like
 from infer.settings import Settings
 from lorabooth import hub
+from lorabooth.arguments import Known, Location
+from lorabooth.config import MODELS
 from lorabooth.decoder import Decoder
 from lorabooth.entry import ENTRY_BYTES_LIMIT, LeftOut
 from lorabooth.errors import UserError
@@ -22,6 +24,8 @@ Command = Callable[..., None]
 CACHES = ("off", "balanced", "max")
 SHAPE_TOLERANCE = 0.02
 """By which the shapes of a picture and its mask may differ; smaller copies are rounded to whole pixels."""
+MODEL = Known(*MODELS, otherwise="dir")
+"""Type of an option that names the base model."""
 PRECISIONS = ("auto", "bf16", "int8", "fp8", "nf4")
 
 
@@ -112,10 +116,10 @@ def picture_options(command: Command) -> Command:
     def gathered(*arguments: Any, **given: Any) -> None:
         command(*arguments, picture_options=PictureOptions(**{name: given.pop(name) for name in names}), **given)
 
-    path = click.Path(path_type=Path, dir_okay=False)
+    path = Location(dir_okay=False)
     return _with(
         gathered,
-        click.option("--aspect-ratio", help=f"One of {', '.join(ASPECT_RATIOS)}. [default: 1:1, or that of --image]"),
+        click.option("--aspect-ratio", type=Known(*ASPECT_RATIOS), help=f"One of {', '.join(ASPECT_RATIOS)}. [default: 1:1, or that of --image]"),
         click.option("--megapixels", type=click.Choice(MEGAPIXELS), default="1", show_default=True, help="Size for a base of 1024 px; 0.25 halves the sides."),
         click.option("--width", type=int, help="Width in px, a multiple of 16. Without --height, that follows by the aspect ratio."),
         click.option("--height", type=int, help="Height in px, a multiple of 16. Without --width, that follows by the aspect ratio."),

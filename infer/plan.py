@@ -7,7 +7,7 @@ from itertools import product
 from lorabooth.errors import UserError
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.pinned import pinned_bytes
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, spread, steps_down
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, lacking, spread, steps_down
 from lorabooth.speed import Speed
 
 STEPS = 28
@@ -132,12 +132,8 @@ def choose(needs: Needs, speed: Speed, gpu_bytes: float, host_bytes: float, prec
     every = [estimate(plan, needs, speed) for plan in candidates(needs, precision, swapped)]
     found = [e for e in every if e.bytes <= gpu_bytes and e.host_bytes <= host_bytes]
     if not found:
-        least = min(every, key=lambda e: e.bytes)
-        raise UserError(
-            f"generating needs {least.bytes / GB:.1f} GB of GPU memory and {least.host_bytes / GB:.1f} GB of host memory at least; "
-            f"{gpu_bytes / GB:.1f} GB and {host_bytes / GB:.1f} GB are free",
-            hint="make smaller pictures (--megapixels 0.25), leave --precision at auto, or stop other programs on this GPU (nvidia-smi lists them)",
-        )
+        lacks, hint = lacking(every, gpu_bytes, host_bytes)
+        raise UserError(f"generating needs {lacks}", hint=f"make smaller pictures (--megapixels 0.25), leave --precision at auto; or {hint}")
 
     def rank(e: Estimate[ServingPlan]) -> tuple[object, ...]:
         plan = e.plan

@@ -14,6 +14,7 @@ from infer.request import Request
 from infer.textfile import lines_of
 from infer.trigger import Trigger, filled, triggers_of
 from infer.wildcards import Wildcards, has_wildcards
+from lorabooth.arguments import Known, Location
 from lorabooth.captions import PLACEHOLDER
 from lorabooth.errors import UserError
 
@@ -41,10 +42,17 @@ def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
     def gathered(*arguments: Any, prompts_file: Path | None, template_names: tuple[str, ...], wildcards: Path | None, as_written: bool, **others: Any) -> None:
         command(*arguments, prompt_options=PromptOptions(prompts_file, template_names, wildcards, as_written), **others)
 
-    path = click.Path(path_type=Path)
+    path = Location()
     added = (
         click.option("--prompts", "prompts_file", type=path, metavar="FILE", help="Text file with one prompt a line, instead of PROMPT; # begins a remark."),
-        click.option("--template", "template_names", multiple=True, metavar="NAME", help="Portrait template, instead of PROMPT; several times, or 'all'."),
+        click.option(
+            "--template",
+            "template_names",
+            type=Known(*templates.FLUX, templates.ALL),
+            multiple=True,
+            metavar="NAME",
+            help="Portrait template, instead of PROMPT; several times, or 'all'.",
+        ),
         click.option("--list-templates", is_flag=True, is_eager=True, expose_value=False, callback=_list_templates, help="Print the templates."),
         click.option("--wildcards", type=path, metavar="FOLDER", help="Folder of text files: __name__ in a prompt is a line of name.txt."),
         click.option("--as-written", is_flag=True, help="Prompts to the letter: put no trigger word in, take {a|b} and __name__ for text."),

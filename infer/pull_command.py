@@ -11,6 +11,7 @@ import click
 from infer import lora_facts
 from infer.loras import PLAIN_NAMES, plain, unweighted
 from lorabooth.adapter_config import described_beside
+from lorabooth.arguments import LORA, Location
 from lorabooth.errors import UserError
 from lorabooth.home import expanded
 from lorabooth.keys import ADAPTER_CONFIG
@@ -22,8 +23,10 @@ COPY_BYTES = 1 << 20
 
 
 @click.command()
-@click.argument("reference", metavar="HUB-ID|URL|RUN|FILE")
-@click.option("--out", help="File to write, or a folder (ComfyUI's models/loras, say). [default: NAME.safetensors in this folder]")
+@click.argument("reference", type=LORA, metavar="HUB-ID|URL|RUN|FILE")
+@click.option(
+    "--out", type=Location(path_type=str), help="File to write, or a folder (ComfyUI's models/loras, say). [default: NAME.safetensors in this folder]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON: the file, its size and hash, and what it says of itself.")
 def pull(reference: str, out: str | None, as_json: bool) -> None:
     """Fetch a LoRA from the hub, CivitAI, an https address or a hosted trainer's tar; check it, and copy it to a file of yours.

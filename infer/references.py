@@ -72,6 +72,8 @@ def split_weight(reference: str) -> tuple[str, float]:
 
 def parse(name: str) -> Reference:
     """What a reference without its weight names; a UserError where it can be nothing."""
+    if not name.strip():
+        raise UserError("the name of a LoRA is empty; is a variable of the shell not set?", hint=FORMS)
     if "://" in name:
         return _parse_url(name)
     path = expanded(name) if not name.startswith("~") or name.startswith("~/") else Path(name)

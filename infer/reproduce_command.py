@@ -4,18 +4,19 @@ from pathlib import Path
 
 import click
 
-from infer.options import filter_option
+from infer.options import MODEL, filter_option
 from infer.record import Record
+from lorabooth.arguments import LORA, Location
 from lorabooth.imports import heavy_imports
 
 
 @click.command()
-@click.argument("path", metavar="PICTURE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--lora", "references", multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="Where a LoRA of it is. [default: looked for in runs/]")
-@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="The picture it was made from, where it was made from one.")
-@click.option("--mask", type=click.Path(path_type=Path, dir_okay=False), help="The mask that went with it.")
-@click.option("--model", help="Where the base model is, where it was a local folder.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
+@click.argument("path", metavar="PICTURE", type=Location(dir_okay=False))
+@click.option("--lora", "references", type=LORA, multiple=True, metavar="RUN|FILE|HUB-ID|URL", help="Where a LoRA of it is. [default: looked for in runs/]")
+@click.option("--image", type=Location(dir_okay=False), help="The picture it was made from, where it was made from one.")
+@click.option("--mask", type=Location(dir_okay=False), help="The mask that went with it.")
+@click.option("--model", type=MODEL, help="Where the base model is, where it was a local folder.")
+@click.option("--out", type=Location(dir_okay=False), help="File to write. [default: beside PICTURE, as NAME-again.SUFFIX]")
 @filter_option
 @click.option("--json", "as_json", is_flag=True, help="Print the file and the comparison as JSON.")
 def reproduce(

@@ -64,7 +64,7 @@ def _folder_entries(source: Path, leave_out: Path) -> list[Entry]:
     for folder, subfolders, files in os.walk(source, onerror=lambda error: left_out(Path(error.filename), f"cannot be read ({error.strerror})")):
         # A run lies inside the photos with `lorabooth train .`; its pictures are copies of ours.
         subfolders[:] = [name for name in subfolders if not is_system_file(name) and not _is_run(Path(folder, name), leave_out)]
-        for linked in [name for name in subfolders if Path(folder, name).is_symlink()]:
+        for linked in [name for name in subfolders if os.path.islink(Path(folder, name))]:
             left_out(Path(folder, linked), "is a link to a folder, which is not followed")
         paths = [Path(folder, name) for name in files if not is_system_file(name)]
         found += [Entry(path.relative_to(source).as_posix(), partial(_read_file, path, budget)) for path in paths]
@@ -82,10 +82,10 @@ def _is_run(folder: Path, leave_out: Path) -> bool:
 
 
 def _read_file(path: Path, budget: Budget) -> bytes:
-    # A pipe would wait for a writer, and a device has no end.
-    if not path.is_file():
-        raise LeftOut("is not a regular file")
     try:
+        # A pipe would wait for a writer, and a device has no end.
+        if not path.is_file():
+            raise LeftOut("is not a regular file")
         with path.open("rb") as stream:
             return bounded(stream, budget, path.name)
     except OSError as error:

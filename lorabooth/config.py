@@ -4,10 +4,11 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 """
 
 import difflib
+import re
 import reprlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -28,6 +29,7 @@ NOT_RECIPE = ("hf_repo_id", "hf_private", "trackers", "wandb_project", "wandb_ru
 """Settings that are no part of the recipe: a run may be pushed elsewhere when it goes on, and its figures go elsewhere."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+MODELS = ("mini", FLUX_DEV)
 HOSTED_NAMES = {"wandb_sample_interval": "preview_every", "wandb_save_interval": "checkpoint_every", "wandb_sample_prompts": "preview_prompts"}
 """Inputs of the hosted trainer that are settings of ours by another name, for they do not need wandb."""
 
@@ -89,7 +91,9 @@ class TrainConfig(BaseModel):
         lt=1,
         description="Share of each batch that keeps the base as it is where the trigger is not said, so that the LoRA does not show in everyone.",
     )
-    class_phrase: str = Field("a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog.")
+    class_phrase: str = Field(
+        "a person", min_length=1, max_length=100, description="What stands for the trigger there: a person, a man, a dog. Of subject object: an object."
+    )
     prior_rate: float = Field(0.0, ge=0, lt=1, description="Share of batches that train on photos of others, which --class-photos gives; with those 0.2.")
     horizontal_flip: bool = Field(False, description="Train on mirrored photos too. Off: faces are not symmetric, and writing turns round.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights that are exported; 0 exports the raw weights.")
@@ -140,7 +144,14 @@ class TrainConfig(BaseModel):
             raise ValueError(f"must be visible text on one line, such as {example}")
         if "[trigger]" in value:
             raise ValueError(f"must be a word of your own, such as {example}: [trigger] is what stands for the trigger word in prompts and captions")
+        if field.field_name == "trigger_word" and re.search(r"[{|}\\]|__", value):
+            raise ValueError("must have none of { | } \\ __, which are wildcards in prompts")
         return " ".join(value.split())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_of_subject(cls, values: Any) -> Any:
+        return {"class_phrase": "an object"} | values if isinstance(values, dict) and values.get("subject") == "object" else values
 
     @model_validator(mode="before")
     @classmethod
@@ -210,6 +221,20 @@ class TrainConfig(BaseModel):
     def recipe(self) -> dict[str, Any]:
         """What is trained and how, as plain JSON types."""
         return self.model_dump(mode="json", exclude=set(NOT_RECIPE))
+
+
+_KNOWN = {
+    "model": MODELS,
+    "caption_model": ("auto", "template"),
+    "gradient_checkpointing": ("auto", "none", "all"),
+    "trackers": ("none", *TRACKERS),
+}
+
+
+def known_values(name: str) -> tuple[str, ...]:
+    """Values of a setting that have names, for a shell to complete: all that there are, or those beside numbers, folders and the like."""
+    annotation = TrainConfig.model_fields[name].annotation
+    return _KNOWN.get(name) or tuple(value for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal for value in get_args(part))
 
 
 MAX_RECIPE_BYTES = 1 << 16

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from lorabooth.arguments import Location
 from lorabooth.mini import people, world
 
 SCENES = 8
@@ -30,7 +31,7 @@ class Row:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for the page and the run.")
+@click.option("--out", type=Location(), default=Path("demo"), show_default=True, help="Folder for the page and the run.")
 def demo(out: Path) -> None:
     """Train a LoRA of a drawn person on the mini model and show the pictures: no GPU, no account, a few minutes.
 

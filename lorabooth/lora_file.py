@@ -99,7 +99,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no LoRA file at {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({type(error).__name__})") from None
+        no_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+        raise UserError(f"{path} is not a safetensors file: its header is {'no JSON' if no_json else 'not as that format has it'}") from None
     return header
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from lorabooth.arguments import Location
 from lorabooth.errors import UserError
 
 
@@ -24,7 +25,7 @@ def token_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=Location(file_okay=False))
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
 @click.option("--private/--public", default=None, help="Make the repository private, where it is new. [default: as before, at first public]")
 @click.option("--force", is_flag=True, help="Write over files that are not of this run.")

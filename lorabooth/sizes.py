@@ -6,6 +6,7 @@ All sizes are bytes of 10**9 to the GB.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Generic, TypeVar, cast
 
 from torch import nn
@@ -99,6 +100,23 @@ def steps_down(found: list[Estimate[Plan]]) -> list[Estimate[Plan]]:
         if candidate.bytes < 0.93 * lighter[-1].bytes:
             lighter.append(candidate)
     return lighter
+
+
+MORE_GPU = "use a GPU with more memory, or stop other programs on this one (nvidia-smi lists them)"
+MORE_HOST = "stop other programs on this machine, or use one with more memory"
+
+
+def lacking(every: Sequence[Estimate[Plan]], gpu_bytes: float, host_bytes: float) -> tuple[str, str]:
+    """What plans need of which none fits, to be said behind "needs", and how to get more of what is lacking. With what it names in place of what is free,
+    rounded so, one of them does fit."""
+    gpu = min((e.bytes for e in every if e.host_bytes <= host_bytes), default=0.0)
+    host = min((e.host_bytes for e in every if e.bytes <= gpu_bytes), default=0.0)
+    either = " or "
+    if not gpu and not host:  # of both together there is no least: what the plan of the fewest bytes on the GPU takes
+        (gpu, host), either = min((e.bytes, e.host_bytes) for e in every), " and "
+    kinds = [("host memory", host, host_bytes, MORE_HOST)] * bool(host) + [("GPU memory", gpu, gpu_bytes, MORE_GPU)] * bool(gpu)
+    needs = [f"{ceil(need / GB * 10) / 10:.1f} GB of {kind} ({free / GB:.1f} GB are free)" for kind, need, free, _ in kinds]
+    return ("at least " if either == " or " else "") + either.join(needs), "; or ".join(hint for *_, hint in kinds)
 
 
 def cheaper(estimates: list[Estimate[Plan]]) -> list[str]:

@@ -300,3 +300,73 @@ def test_windows_is_sent_to_wsl_in_a_sentence(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(sys, "platform", "win32")
     assert cli.main(["doctor"]) == 2
     assert "WSL 2" in capsys.readouterr().err
+
+
+def completed(line: str) -> list[str]:
+    """What the shell is told for a line of which the last word is being typed, and whether torch was loaded for it."""
+    program = "import atexit, sys\nfrom lorabooth.cli import main\natexit.register(lambda: print('torch' in sys.modules))\nmain([])"
+    environment = os.environ | {"_LORABOOTH_COMPLETE": "bash_complete", "COMP_WORDS": f"lorabooth {line}", "COMP_CWORD": str(len(line.split(" ")))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True, timeout=120)
+    *answers, torch_is_loaded = done.stdout.splitlines()
+    assert torch_is_loaded == "False"
+    return answers
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate TOK --lora runs/TO", "grid TOK --lora runs/TO", "reproduce a.png --lora runs/TO", "diff a runs/TO", "diff runs/TO", "convert runs/TO",
+        "convert a runs/TO", "loras info runs/TO", "pull runs/TO", "pull a --out runs/TO", "generate TOK --out runs/TO",
+    ],
+)  # fmt: skip
+def test_where_a_lora_or_a_path_is_wanted_the_shell_completes_files(line: str):
+    assert completed(line) == ["file,runs/TO"]
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("train p --optimizer ada", ["adamw8bit", "adamw", "adam8bit", "adam", "adagrad", "adafactor"]),
+        ("train p --subject o", ["object"]),
+        ("check p --subject s", ["style"]),
+        ("plan --precision n", ["nf4"]),
+        ("train p --lr-scheduler co", ["constant", "cosine"]),
+        ("train p --targets a", ["attention", "attention+ff", "all-linear"]),
+        ("train p --gradient-checkpointing a", ["auto", "all"]),
+        ("train p --trackers w", ["wandb"]),
+        ("train p --model m", ["mini"]),
+        ("generate TOK --model b", ["black-forest-labs/FLUX.1-dev"]),
+        ("generate TOK --template he", ["headshot"]),
+        ("generate TOK --aspect-ratio 16", ["16:9"]),
+    ],
+)
+def test_values_that_have_names_are_completed(line: str, values: list[str]):
+    assert completed(line) == [f"plain,{value}" for value in values]
+
+
+def test_a_base_model_may_be_a_folder():
+    assert completed("train p --model ./fl") == ["dir,./fl"]
+
+
+def test_a_wrong_value_of_a_setting_is_refused_in_the_words_of_a_recipe(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "photos", "--trigger", "TOK", "--optimizer", "sgd"]) == 2
+    assert capsys.readouterr().err.startswith("lorabooth: optimizer: should be 'auto', 'adamw8bit'")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo --out",
+        "train p --trigger TOK --out",
+        "generate TOK --out",
+        "grid TOK --out",
+        "pull a --out",
+        "convert a --format kohya --out",
+        "check p --fix",
+        "train",
+    ],
+)
+def test_an_empty_path_is_no_folder(command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), ""]) == 2
+    assert "it is empty" in capsys.readouterr().err and not list(tmp_path.iterdir())

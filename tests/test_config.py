@@ -9,7 +9,7 @@ import pytest
 
 from lorabooth.config import TrainConfig, load_config
 from lorabooth.errors import UserError
-from train.command import train
+from train.command import recipe_config, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -194,6 +194,19 @@ def test_numbers_in_yaml_are_those_that_people_mean(tmp_path: Path):
 @pytest.mark.parametrize("name", ["trigger_word", "class_phrase", "autocaption_prefix", "wandb_run", "caption_model", "preview_prompts"])
 def test_text_that_is_not_utf8_is_one_sentence(name: str):
     assert refusal(**{name: ["\udcff"] if name == "preview_prompts" else "\udcff"}).startswith(f"{name}: must be text in UTF-8")
+
+
+@pytest.mark.parametrize("word", ["{a|b}", "a|b", "a}", "a\\_b", "__a__"])
+def test_a_trigger_that_a_prompt_would_read_as_a_wildcard_is_refused(word: str):
+    assert refusal(trigger_word=word).startswith("trigger_word: must have none of { | } \\ __, which are wildcards in prompts (got ")
+    assert load_config(None, {"trigger_word": "my_TOK", "class_phrase": "a {b|c}"}).trigger_word == "my_TOK"
+
+
+def test_the_class_phrase_follows_the_subject_where_none_is_given():
+    phrases = [load_config(None, {"trigger_word": "TOK", "subject": subject}).class_phrase for subject in ("person", "object", "style")]
+    assert phrases == ["a person", "an object", "a person"], "a style stands for no class"
+    assert load_config(None, {"trigger_word": "TOK", "subject": "object", "class_phrase": "a dog"}).class_phrase == "a dog"
+    assert recipe_config(Path("configs/object.yaml"), {"trigger_word": "TOK"}).class_phrase == "an object"
 
 
 def test_a_recipe_that_is_missing_or_a_folder_is_named(tmp_path: Path):

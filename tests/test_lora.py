@@ -171,6 +171,14 @@ def make_huge_header(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}")
 
 
+def make_no_json(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 5) + b"hello")
+
+
+def make_other_json(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 3) + b"[1]")
+
+
 def make_other_model(path: Path) -> None:
     write_lora(path, {"vae.weight": torch.zeros(1)})
 
@@ -179,6 +187,8 @@ def make_other_model(path: Path) -> None:
     ("make", "message"),
     [
         (make_text, "is not a safetensors file"),
+        (make_no_json, "is not a safetensors file: its header is no JSON"),
+        (make_other_json, "is not a safetensors file: its header is not as that format has it"),
         (make_cut, "is cut short"),
         (make_longer, "is longer than it should be"),
         (make_pickle, "is not a safetensors file"),

@@ -237,6 +237,31 @@ def test_what_cannot_fit_is_refused_with_what_would(dev: str, changes: dict[str,
     assert advice in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("vram_gb", "ram_gb", "lacking", "said"),
+    [(6, 12.5, ("host", "GPU"), "or"), (8, 1, ("host", "GPU"), "or"), (2, 60, ("GPU",), ""), (4, 1, ("host", "GPU"), "and")],
+)
+def test_what_lacks_is_told_with_amounts_that_do(dev: str, vram_gb: float, ram_gb: float, lacking: tuple[str, ...], said: str):
+    config = recipe(dev, resolution="1024", **({"blocks_to_swap": 57} if said == "and" else {}))
+    shapes, free = shapes_of(config, load_family(dev)), {"GPU": vram_gb, "host": ram_gb}
+    with pytest.raises(UserError, match="this training needs at least" if said != "and" else r"\) and ") as refused:
+        choose(shapes, config, RTX_4090, vram_gb * GB, ram_gb * GB)
+    needs = {kind: float(need) for need, kind in re.findall(r"([\d.]+) GB of (GPU|host) memory", refused.value.message)}
+    assert tuple(needs) == lacking and all(f"({free[kind]:.1f} GB are free)" in refused.value.message for kind in needs)
+    for given in [free | needs] if said == "and" else [free | {kind: need} for kind, need in needs.items()]:
+        assert choose(shapes, config, RTX_4090, given["GPU"] * GB, given["host"] * GB)
+    for kind in needs:
+        given = free | (needs if said == "and" else {}) | {kind: needs[kind] - 0.2}
+        assert not fitting(shapes, config, RTX_4090, given["GPU"] * GB, given["host"] * GB), "it is the least"
+
+
+def test_where_host_memory_lacks_the_way_out_is_of_the_host(dev: str):
+    config = recipe(dev, blocks_to_swap=57, resolution="256")
+    with pytest.raises(UserError, match=r"needs at least [\d.]+ GB of host memory \(1\.0 GB are free\)\n") as refused:
+        choose(shapes_of(config, load_family(dev)), config, RTX_4090, 8 * GB, 1 * GB)
+    assert refused.value.hint == "stop other programs on this machine, or use one with more memory"
+
+
 def test_weights_that_the_host_cannot_hold_are_not_put_there(dev: str):
     config = recipe(dev, resolution="768")
     shapes = shapes_of(config, load_family(dev))

@@ -88,6 +88,8 @@ def test_a_weight_is_a_number_behind_the_last_colon_but_no_port(reference: str, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("", "the name of a LoRA is empty"),
+        (" ", "the name of a LoRA is empty"),
         ("owner", "no LoRA at"),
         ("a/b/c.pt", "a .pt file, a pickle"),
         ("owner/name/x.txt", "is not a .safetensors file"),

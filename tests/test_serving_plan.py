@@ -41,9 +41,11 @@ def test_each_smaller_card_has_a_plan_that_keeps_to_it(vram_gb: int):
 
 
 def test_what_cannot_fit_is_refused_before_anything_loads():
-    with pytest.raises(UserError, match=r"generating needs \d\.\d GB of GPU memory and .* at least; 3\.0 GB and 48\.0 GB are free") as caught:
+    with pytest.raises(UserError, match=r"generating needs at least \d\.\d GB of GPU memory \(3\.0 GB are free\)\n") as caught:
         choose(true_needs(), RTX_4090, 3 * GB, 48 * GB)
-    assert "--megapixels 0.25" in str(caught.value.hint)
+    assert "--megapixels 0.25" in caught.value.hint and "nvidia-smi" in caught.value.hint
+    with pytest.raises(UserError, match=r"needs at least [\d.]+ GB of host memory \(1\.0 GB are free\) or [\d.]+ GB of GPU memory \(6\.0 GB are free\)\n"):
+        choose(true_needs(), RTX_4090, 6 * GB, 1 * GB)
     assert not any(plan.loras == "merged" for plan in candidates(true_needs(mixed=True)))
     with pytest.raises(UserError, match="blocks stored as nf4 stay on the GPU"):
         plans(load_family("mini"), Settings(precision="nf4", swapped=2), CPU)

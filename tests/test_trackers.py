@@ -61,9 +61,37 @@ def test_a_tracker_that_cannot_start_stops_the_run_before_its_first_step(tiny_ru
     run = untrained(tiny_run, tmp_path / "run", trackers="wandb")
     for name, value in {"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"a tracker \(wandb\) did not start: .+") as refused:
+    with pytest.raises(UserError, match=r"a tracker \(wandb\) cannot start: .+") as refused:
         fit.run(run)
     assert "--trackers" in refused.value.hint and not run.checkpoints.exists()
+
+
+@pytest.mark.parametrize(
+    ("project", "environment", "message", "hint"),
+    [
+        ("p", {}, "No API key configured", "log in with wandb login"),
+        ("p", {"WANDB_API_KEY": "bad"}, "API key must have 40+ characters, has 3", "WANDB_API_KEY"),
+        ("p", {"WANDB_MODE": "garbage"}, "mode: Input should be 'online', 'offline'", "WANDB_MODE"),
+        ("../x", {"WANDB_MODE": "offline"}, "Invalid project name '../x'", "--wandb-project"),
+        ("p", {"WANDB_MODE": "offline"}, "", ""),
+        ("p", {"WANDB_MODE": "disabled"}, "", ""),
+        ("p", {"WANDB_API_KEY": KEY}, "", ""),
+    ],
+)
+def test_a_wandb_that_cannot_start_is_noticed_before_the_photos_are_read(
+    project: str, environment: dict[str, str], message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), **environment}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "photos").mkdir()
+    command = ["train", str(tmp_path / "photos"), "--trigger", "TOK", "--model", "mini", "--trackers", "wandb", "--wandb-project", project]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    said = capfd.readouterr().err
+    assert message in said and hint in said and ("cannot start" in said) == bool(message)
+    assert ("photos is empty" in said) != bool(message), "where nothing is wrong with it, the photos are next"
+    assert (tmp_path / "run").exists() != bool(message)
 
 
 def test_a_tracker_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], tiny_command: list[str], tmp_path: Path):

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from lorabooth import consent, stages
 from lorabooth.archive import check_kind
+from lorabooth.arguments import Known, Location
 from lorabooth.check.command import check_new_run
-from lorabooth.config import HOSTED_NAMES, TrainConfig, load_config, read_recipe
+from lorabooth.config import HOSTED_NAMES, TrainConfig, known_values, load_config, read_recipe
 from lorabooth.errors import UserError, is_utf8
 from lorabooth.notes import note
 from lorabooth.photos import Manifest, ingest
@@ -37,7 +38,7 @@ def config_options(command: Command) -> Command:
         flags = [f"--{n.replace('_', '-')}" for n in names]
         default = "" if field.is_required() or field.default is None else f" [default: {_show(field.default)}]"
         types = get_args(field.annotation) or (field.annotation,)
-        kind: Any = next((t for t in (bool, int, float) if t in types), str)
+        kind: Any = next((t for t in (bool, int, float) if t in types), Known(*known_values(name), otherwise="dir" if name == "model" else ""))
         command = click.option(*flags, name, type=kind, multiple=name == "preview_prompts", default=None, help=(field.description or "") + default)(command)
     return command
 
@@ -47,16 +48,14 @@ def _show(value: Any) -> str:
 
 
 @click.command()
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("photos", type=Location())
 @click.option(
     "--recipe",
-    type=click.Path(path_type=Path),
+    type=Location(),
     help="YAML file of settings; options given here win over it. For the mini model, what it leaves open is as in configs/mini.yaml. [default: none]",
 )
-@click.option(
-    "--class-photos", type=click.Path(path_type=Path), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]"
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
+@click.option("--class-photos", type=Location(), help="Zip or folder of photos of others, which the LoRA shall leave as they are. [default: none]")
+@click.option("--out", type=Location(), help="Folder of the run. [default: runs/TRIGGER-PHOTOS]")
 @click.option("--consent", "consented", is_flag=True, help="Everyone in the photos has agreed. [default: asked once at a terminal, then remembered]")
 @click.option("--json", "as_json", is_flag=True, help="Print the paths of the result as JSON.")
 @click.option(
@@ -224,8 +223,18 @@ def _state(photos: Path, folder: Path) -> list[list[Any]]:
 def _digest(photos: Path, folder: Path, record: dict[str, Any] | None = None) -> str:
     """SHA-256 over the names and bytes of the files. record: the source that is compared with, whose name an archive takes: its own does not count."""
     name = Path(record["photos"]).name if record and photos.is_file() else ""
-    lines = [f"{_hash(file, file.stat().st_size, file.stat().st_mtime_ns)} {name or file.name}" for file in _files(photos, folder)]
+    lines = [f"{_content(file, photos)} {name or file.name}" for file in _files(photos, folder)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _content(file: Path, photos: Path) -> str:
+    """What tells a file's content from others'; the same for all those of a folder that cannot be read, which are left out when the photos are taken in."""
+    try:
+        return _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
+    except OSError:
+        if file == photos:
+            raise
+        return "unreadable"
 
 
 @cache
@@ -238,7 +247,7 @@ def _files(photos: Path, folder: Path) -> list[Path]:
     """The zip, or the visible files in a folder of photos without those of the run itself, which may lie in it."""
     if not photos.is_dir():
         return [photos]
-    return sorted(file for file in photos.resolve().rglob("*") if file.is_file() and file.name[0] != "." and not file.is_relative_to(folder.resolve()))
+    return sorted(file for file in photos.resolve().rglob("*") if os.path.isfile(file) and file.name[0] != "." and not file.is_relative_to(folder.resolve()))
 
 
 def default_folder(photos: Path, trigger_word: str) -> Path:

@@ -18,7 +18,7 @@ from lorabooth.errors import UserError
 from lorabooth.families.flux1 import NORMS, VAE_SCALE
 from lorabooth.lora import LoraSpec
 from lorabooth.pinned import pinned_bytes
-from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, spread, steps_down
+from lorabooth.sizes import BEST_FIRST, BYTES, GB, MFU, RESERVE_BYTES, RESERVE_SHARE, BaseSizes, Estimate, cheaper, lacking, spread, steps_down
 from lorabooth.speed import Speed
 
 SAVED: dict[str, dict[str, tuple[float, float]]] = {
@@ -233,11 +233,12 @@ def choose(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, 
 
 def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: float, host_bytes: float, shards: int) -> UserError:
     """The sentence, with the settings that would fit."""
-    least = min((estimate(plan, shapes, config, speed) for plan in candidates(shapes, config, shards)), key=lambda e: e.bytes, default=None)
-    if least is None and shards > 1:
+    every = [estimate(plan, shapes, config, speed) for plan in candidates(shapes, config, shards)]
+    if not every and shards > 1:
         return UserError("these settings exclude each other: a base divided among GPUs (FSDP) stays on them and in bf16, without precompute_modulation")
-    if least is None:
+    if not every:
         return UserError("these settings exclude each other: DoRA and PiSSA need precision bf16, and swapped blocks are recomputed and not nf4")
+    needs, hint = lacking(every, gpu_bytes, host_bytes)
     free: dict[str, object] = {"precision": "auto", "gradient_checkpointing": "auto", "blocks_to_swap": None, "precompute_modulation": None}
     changes: list[dict[str, object]] = [free, {"batch_size": 1}, free | {"batch_size": 1}]
     changes += [free | {"batch_size": 1, "resolution": str(px)} for px in (1024, 768, 512, 256) if px <= max(config.resolutions_px)]
@@ -246,10 +247,7 @@ def _does_not_fit(shapes: Shapes, config: TrainConfig, speed: Speed, gpu_bytes: 
             flags = {f"--{name.replace('_', '-')}": value for name, value in change.items() if value != getattr(config, name)}
             hint = "these would fit: " + " ".join(f"{flag} {value}" if value is not None else f"(no {flag})" for flag, value in flags.items())
             break
-    else:
-        hint = "use a GPU with more memory, or stop other programs on this one (nvidia-smi lists them)"
-    host = f" and {least.host_bytes / GB:.1f} GB of {host_bytes / GB:.1f} GB host memory" if least.host_bytes > host_bytes else ""
-    return UserError(f"this training needs {least.bytes / GB:.1f} GB of GPU memory{host} at least, and {gpu_bytes / GB:.1f} GB are free", hint=hint)
+    return UserError(f"this training needs {needs}", hint=hint)
 
 
 def next_lighter(plan: MemoryPlan, estimates: list[Estimate[MemoryPlan]]) -> MemoryPlan | None:

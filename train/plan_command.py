@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lorabooth.arguments import Location
 from lorabooth.gigabytes import GIGABYTES, check_stated
 from lorabooth.hub import model_folder
 from lorabooth.imports import heavy_imports
@@ -14,7 +15,7 @@ from train.command import config_options, recipe_config
 
 
 @click.command()
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file of settings; options given here win over it. [default: none]")
+@click.option("--recipe", type=Location(), help="YAML file of settings; options given here win over it. [default: none]")
 @click.option("--vram-gb", type=GIGABYTES, help="Free memory of the GPU in GB. [default: what is free on the first one]")
 @click.option("--ram-gb", type=GIGABYTES, help="Free memory of the host in GB. [default: what is free here]")
 @click.option("--json", "as_json", is_flag=True, help="Print every plan that fits as JSON, the fastest first; bytes and seconds.")

@@ -1,6 +1,9 @@
 """A run's figures and previews for TensorBoard, Weights & Biases and trackio, by accelerate's trackers; metrics.jsonl has the figures in any case."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,12 +14,43 @@ from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
 
+WANDB_CHECK = """
+import sys, wandb
+try:
+    wandb.Settings(project=sys.argv[1])
+    wandb.login(verify=False)
+except Exception as error:
+    sys.exit(str(error))
+"""
+"""Reads wandb's settings and looks for a key, where one is needed; asks no server and starts no run. In a process of its own, for wandb keeps what it read."""
+HINTS = {
+    "project": "choose another --wandb-project",
+    "mode:": "set WANDB_MODE to online, offline or disabled",
+    "api key": "log in with wandb login, or set WANDB_API_KEY to a key of yours",
+}
+"""By a word in what a tracker says of it."""
+
 
 def check_trackers(config: TrainConfig) -> None:
-    """A UserError where a tracker's package is not installed."""
+    """A UserError where a tracker's package is not installed, and where wandb could not start even with a network."""
     for name in config.tracker_names:
         if name != "tensorboard" and find_spec(name) is None:
             raise UserError(f"the tracker {name} is not installed", hint=f"pip install {name}, or leave it out of --trackers")
+    if "wandb" in config.tracker_names:
+        command = [sys.executable, "-P", "-c", WANDB_CHECK, config.wandb_project]
+        silent = os.environ | {"WANDB_SILENT": "true"}
+        done = subprocess.run(command, env=silent, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise _cannot_start("wandb", done.stderr)
+
+
+def _cannot_start(names: str, said: str) -> UserError:
+    """What a tracker said of an error, in one sentence, and the way out."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if len(lines) > 2 and " validation error" in lines[0]:  # pydantic's: under it the setting, and what is wrong with it
+        lines = [f"{lines[1]}: {lines[2].partition(' [type=')[0]}"]
+    hint = next((hint for word, hint in HINTS.items() if lines and word in lines[0].lower()), "put that right")
+    return UserError(f"a tracker ({names}) cannot start: {lines[0] if lines else 'it does not say why'}", hint=f"{hint}; or leave it out of --trackers")
 
 
 def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None:
@@ -37,8 +71,7 @@ def start_trackers(accelerator: Accelerator, run_dir: RunDir, step: int) -> None
                 tracker.store_init_configuration(config.recipe())
     except Exception as error:  # each tracker has errors of its own
         accelerator.trackers.clear()
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"a tracker ({', '.join(config.tracker_names)}) did not start: {reason}", hint="log in to it, or leave it out of --trackers") from error
+        raise _cannot_start(", ".join(config.tracker_names), str(error) or type(error).__name__) from error
 
 
 def identity(run_dir: RunDir) -> str:

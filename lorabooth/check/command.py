@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from lorabooth.arguments import Known, Location
 from lorabooth.check import fix, sheet
 from lorabooth.check.examine import Purpose, check_folder, check_run, taken_in
-from lorabooth.config import load_config
+from lorabooth.config import known_values, load_config
 from lorabooth.photos import Photo
 from lorabooth.runs import RunDir
 
@@ -18,15 +19,18 @@ NOT_YET_CODE = 1
 
 
 @click.command()
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("photos", type=Location())
 @click.option("--trigger-word", "--trigger", help="Word that the captions must contain. [default: captions are not searched for it; a run's own]")
 @click.option("--resolution", help="Training sizes in px by commas. [default: 512,768,1024; a run's own]")
-@click.option("--subject", help="What they show: person, object or style; faces matter for a person. [default: person; a run's own]")
-@click.option("--class-phrase", help="What the photos are of, such as a man or a dog: its words may stand in every caption. [default: a person; a run's own]")
 @click.option(
-    "--html", "page", type=click.Path(path_type=Path), help="Write a contact sheet to this file: one page with all photos and findings. [default: none]"
+    "--subject", type=Known(*known_values("subject")), help="What they show: person, object or style; faces matter for a person. [default: person; a run's own]"
 )
-@click.option("--fix", "out", type=click.Path(path_type=Path), help="Write a cleaned copy to this new folder. [default: none]")
+@click.option(
+    "--class-phrase",
+    help="What the photos are of, such as a man or a dog: its words may stand in every caption. [default: a person, or an object; a run's own]",
+)
+@click.option("--html", "page", type=Location(), help="Write a contact sheet to this file: one page with all photos and findings. [default: none]")
+@click.option("--fix", "out", type=Location(), help="Write a cleaned copy to this new folder. [default: none]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for a program to read.  [default: text]")
 @click.pass_context
 def check(
