@@ -76,7 +76,7 @@ class Civitai:
         except WebError as error:
             raise self.explained(error, page, reference) from None
         if not isinstance(answer, dict):
-            raise UserError(f"CivitAI's answer about {page} is not what its API promises", hint="try again later")
+            raise WebError(f"CivitAI's answer about {page} is not what its API promises", hint="try again later")
         return answer
 
     def _choose(self, version: dict[str, Any], number: int, page: str, base: str, wanted: str) -> CivitaiFile:

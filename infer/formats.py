@@ -48,7 +48,7 @@ def lora_in(part: Path, name: str) -> tuple[Path, str]:
 
 
 def _unpack(part: Path, name: str) -> Path:
-    """The one .safetensors in a tar, copied out to beside it; the tar goes."""
+    """The one .safetensors in a tar, copied out to beside it."""
     lora = part.with_suffix(".lora")
     with part.open("rb") as file:
         try:
@@ -72,5 +72,4 @@ def _unpack(part: Path, name: str) -> Path:
         if left:
             lora.unlink()
             raise UserError(f"{name} is a tar that is cut short", hint="download it again")
-    part.unlink()
     return lora

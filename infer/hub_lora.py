@@ -1,7 +1,12 @@
-"""The one LoRA file of a Hugging Face repository, through the hub's own client: its login, its cache and its progress bar."""
+"""The one LoRA file of a Hugging Face repository, through the hub's own client: its login, its cache and its progress bar.
 
+The client compares sizes, and only of what it has just fetched; so each file is compared here with its SHA-256.
+"""
+
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from infer.download import too_large
@@ -21,9 +26,8 @@ def fetch(reference: HubReference, limit_bytes: int, notice: Callable[[str], Non
     try:
         return _fetch(reference, limit_bytes)
     except UserError as error:
-        found = _cached(reference)
         # The hub's own "no" is not passed over: only the network may fail.
-        if found is None or not isinstance(error, hub.Unreachable):
+        if not isinstance(error, hub.Unreachable) or (found := _cached(reference)) is None:
             raise
         notice(f"the hub cannot be reached; {reference.repository} is used as it was downloaded before")
         return found
@@ -51,7 +55,7 @@ def choose(reference: HubReference, names: list[str]) -> str:
 
 
 def _fetch(reference: HubReference, limit_bytes: int) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download
 
     repository, revision = reference.repository, reference.revision
     with _asking(reference):
@@ -60,19 +64,45 @@ def _fetch(reference: HubReference, limit_bytes: int) -> Path:
     name = choose(reference, list(files))
     if (files[name].size or 0) > limit_bytes:
         raise too_large(f"{repository}/{name}", limit_bytes)
-    had = isinstance(try_to_load_from_cache(repository, name, revision=info.sha), str)
-    with _asking(reference):
-        # By the name of the revision and not by its commit: only then does the cache know that name offline.
-        path = Path(hf_hub_download(repository, name, revision=revision))
-        description = str(PurePosixPath(name).with_name(ADAPTER_CONFIG))
-        if path.name == ADAPTER_MODEL and description in files:  # where PEFT keeps the strength
-            hf_hub_download(repository, description, revision=revision)
     lfs = files[name].lfs
-    if not had and lfs is not None and lfs.sha256 and sha256_file(path) != lfs.sha256:
-        path.resolve().unlink()
-        path.unlink()
-        raise UserError(f"{repository}/{name} did not arrive as the hub has it: its checksum differs", hint="run the same command again")
+    path = _download(reference, name, lfs.sha256 if lfs else "")
+    description = str(PurePosixPath(name).with_name(ADAPTER_CONFIG))
+    if path.name == ADAPTER_MODEL and description in files:  # where PEFT keeps the strength
+        with _asking(reference):
+            hf_hub_download(repository, description, revision=revision)
     return path
+
+
+def _download(reference: HubReference, name: str, sha256: str) -> Path:
+    """A file, whole; it is fetched again where it was damaged in the cache or on its way."""
+    from huggingface_hub import hf_hub_download
+
+    for _ in range(2):
+        with _asking(reference):
+            # By the name of the revision and not by its commit: only then does the cache know that name offline.
+            path = Path(hf_hub_download(reference.repository, name, revision=reference.revision))
+        if _is_whole(path, sha256):
+            return path
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    raise UserError(f"{reference.repository}/{name} did not arrive as the hub has it: its checksum differs", hint="run the same command again")
+
+
+def _is_whole(path: Path, sha256: str = "") -> bool:
+    """Whether a file of the hub's cache is what the hub has, as far as that is known: the cache names what the hub keeps by SHA-256 after it."""
+    blob = path.resolve()
+    wanted = sha256 or (blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else "")
+    try:
+        status = blob.stat()
+        return not wanted or _sha256(blob, status.st_size, status.st_mtime_ns) == wanted
+    except FileNotFoundError:  # another process found it damaged
+        return False
+
+
+@cache
+def _sha256(blob: Path, size: int, mtime_ns: int) -> str:
+    """Read once in the life of the process while its size and date stay: a server uses one LoRA many times."""
+    return sha256_file(blob)
 
 
 def _cached(reference: HubReference) -> Path | None:
@@ -86,9 +116,13 @@ def _cached(reference: HubReference) -> Path | None:
         return None
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.safetensors")) if file.exists()]
     try:
-        return folder / choose(reference, names)
+        path = folder / choose(reference, names)
     except UserError:
         return None
+    if not _is_whole(path):
+        where = f"{reference.repository}/{path.relative_to(folder)} is damaged in the hub's cache ({path.resolve()})"
+        raise UserError(f"{where}: its checksum differs", hint="connect to the internet and run the same command again, which fetches it anew")
+    return path
 
 
 def _asking(reference: HubReference) -> AbstractContextManager[None]:

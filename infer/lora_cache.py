@@ -2,12 +2,13 @@
 
     files/<sha256>/<name>.safetensors   each content once, whatever it was asked for by; its mtime is when it was last used
     records/<key>.json                  which content an address gave, with what is needed to ask whether it is still that
-    parts/<key>.part, .json             downloads that broke off
+    parts/<key>.part, .json, .lora      downloads that broke off or are not taken in yet, what was told of them, and what is being unpacked of a tar
     locks/<key>.get, <sha256>.use       empty; never deleted, since a deleted lock can be held by two
 
 The kernel frees a lock at the death of the process that holds it, whatever killed it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -20,10 +21,13 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from lorabooth.errors import UserError
 from lorabooth.runs import publish, sha256_file, sync_folder, write_durable
 
 PART_SECONDS = 7 * 24 * 3600
 """What broke off longer ago than this is not gone on with."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that have no flock."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ class Record:
 class Kept:
     """A cached file that is not deleted while this is held; `release` may be called from anywhere, more than once."""
 
-    def __init__(self, file: Path, descriptor: int):
-        self.file = file
-        self._descriptor: int | None = descriptor
+    def __init__(self, file: Path, descriptor: int | None = None):
+        self.file, self._descriptor = file, descriptor
 
     def release(self) -> None:
         """Let go."""
@@ -57,11 +60,16 @@ class LoraCache:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self.read_only = False
+        """Whether the folder is there and cannot be written to, so that nothing can be locked, fetched or deleted in it either; `prepare` finds out."""
         self._verified: set[tuple[str, int, int]] = set()
         self.files, self.records, self.parts, self.locks = (folder / name for name in ("files", "records", "parts", "locks"))
 
     def prepare(self) -> None:
         """Make the folders, for the owner's eyes only: which LoRAs someone uses is nobody else's business."""
+        self.read_only = self.folder.is_dir() and not os.access(self.folder, os.W_OK)
+        if self.read_only:
+            return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.files, self.records, self.parts, self.locks):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -76,6 +84,11 @@ class LoraCache:
         """Where the download of `key` goes until it is whole."""
         return self.parts / f"{key}.part"
 
+    def forget(self, key: str) -> None:
+        """Delete what there is of the download of `key`."""
+        for suffix in (".part", ".json", ".lora"):
+            self.part(key).with_suffix(suffix).unlink(missing_ok=True)
+
     def record(self, key: str) -> Record | None:
         """What is known of `key`; None where nothing is, or it cannot be read."""
         try:
@@ -87,11 +100,13 @@ class LoraCache:
         """The file of this content, marked as used just now and in use until released; None where the cache lacks it, or has it damaged."""
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             return None
-        descriptor = os.open(self.locks / f"{digest}.use", os.O_RDWR | os.O_CREAT, 0o600)
+        folder = self.files / digest
+        if self.read_only:
+            return next((Kept(file) for file in sorted(folder.glob("*.safetensors")) if self._is_whole(file, digest)), None)
+        descriptor = self._in_use(digest)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Only now: whoever deletes holds the lock meanwhile.
-            for file in sorted((self.files / digest).glob("*.safetensors")):
+            for file in sorted(folder.glob("*.safetensors")):
                 if self._is_whole(file, digest):
                     os.utime(file)
                     return Kept(file, descriptor)
@@ -101,6 +116,16 @@ class LoraCache:
             raise
         os.close(descriptor)
         return None
+
+    def _in_use(self, digest: str) -> int:
+        """The descriptor of a lock that is shared by all who use this content."""
+        descriptor = os.open(self.locks / f"{digest}.use", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _flock(descriptor, fcntl.LOCK_SH)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _is_whole(self, file: Path, digest: str) -> bool:
         """Whether a file is what its folder says, read once in the life of this object: a server uses one LoRA many times."""
@@ -112,10 +137,11 @@ class LoraCache:
         return True
 
     def put(self, key: str, part: Path, digest: str, name: str, record: Record) -> Kept:
-        """Take a whole file in under its content, then the record that points to it, then make room."""
-        descriptor = os.open(self.locks / f"{digest}.use", os.O_RDWR | os.O_CREAT, 0o600)
+        """Take a whole file in under its content, then make room."""
+        descriptor = self._in_use(digest)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # Before the file: of a record without one the part is found again, a file without a record is not.
+            self.point(key, record)
             folder = self.files / digest
             folder.mkdir(mode=0o700, exist_ok=True)
             with part.open("rb") as file:
@@ -127,7 +153,7 @@ class LoraCache:
         except BaseException:
             os.close(descriptor)
             raise
-        self.point(key, record)
+        self.forget(key)
         self.make_room()
         return kept
 
@@ -137,12 +163,11 @@ class LoraCache:
 
     def make_room(self) -> None:
         """Delete what was used longest ago and is not in use, until the limit is kept; and downloads that nobody went on with."""
-        for part in self.parts.iterdir():
-            if part.suffix == ".part" and time.time() - _mtime(part) > PART_SECONDS:
-                with _locked(self.locks / f"{part.stem}.get", None) as mine:
+        for file in list(self.parts.iterdir()):
+            if time.time() - max(_mtime(file), _mtime(self.part(file.stem))) > PART_SECONDS:
+                with _locked(self.locks / f"{file.stem}.get", None) as mine:
                     if mine is not None:
-                        part.unlink(missing_ok=True)
-                        part.with_suffix(".json").unlink(missing_ok=True)
+                        self.forget(file.stem)
         # One at a time, or two processes would each delete half of what the other counts.
         with _locked(self.locks / "room"):
             found = sorted((_mtime(file), file, _size(file)) for file in self.files.glob("*/*.safetensors"))
@@ -167,18 +192,27 @@ def _locked(file: Path, waiting: Callable[[], None] | None = lambda: None) -> It
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting is None:
                 yield None
                 return
             waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _flock(descriptor, fcntl.LOCK_EX)
             yield True
         else:
             yield False
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError("the disk of the download cache has no file locks", hint="set XDG_CACHE_HOME to a folder on another disk") from None
 
 
 def _mtime(file: Path) -> float:

@@ -121,6 +121,8 @@ class LoraStore:
     def _of_civitai(self, reference: CivitaiReference) -> Kept:
         key = key_of(f"civitai {reference.model} {reference.version} {reference.wanted}")
         self.cache.prepare()
+        if self.cache.read_only:
+            return self._unasked(key, reference.page)
         try:
             file = self.civitai.file(reference)
             if file.size_bytes > self.limit_bytes:
@@ -128,8 +130,7 @@ class LoraStore:
             source = Source(file.url, key, reference.page, plain(Path(file.name).stem) or f"civitai-{file.version}", file.sha256)
             return self._cached(source, self.civitai.token_for(file.url, reference))
         except WebError as error:
-            record = self.cache.record(key)
-            kept = self.cache.keep(record.sha256) if record else None
+            kept = self._before(key)
             error = self.civitai.explained(error, reference.page, reference)
             if kept is None:
                 raise error from None
@@ -138,6 +139,8 @@ class LoraStore:
     def _cached(self, source: Source, token: str = "") -> Kept:
         """The file of a source: from the cache where its content is known and there, or the server says that it has not changed or cannot say."""
         self.cache.prepare()
+        if self.cache.read_only:
+            return self._unasked(source.key, source.shown)
         before = self.cache.record(source.key)
         with self.cache.fetching(source.key, lambda: self.notice(f"{source.shown} is being downloaded already; waiting for that")) as waited:
             record = self.cache.record(source.key)
@@ -170,18 +173,31 @@ class LoraStore:
     def _take_in(self, done: Downloaded, source: Source) -> Kept:
         assert done.part is not None, "a server that was asked for a file cannot have answered that it has not changed"
         if source.sha256 and done.sha256 != source.sha256:
-            done.part.unlink()
+            self.cache.forget(source.key)
             raise UserError(
                 f"{source.shown} did not arrive as it was published: its SHA-256 is {done.sha256[:12]}..., not {source.sha256[:12]}...",
                 hint="run the same command again; if it stays so, do not trust the file",
             )
         try:
             lora, inner = formats.lora_in(done.part, source.shown)
-        except UserError:
-            done.part.unlink(missing_ok=True)
-            raise
+        except UserError as error:
+            self.cache.forget(source.key)
+            raise WebError(error.message, error.hint) from None
         digest = inner or done.sha256
         return self.cache.put(source.key, lora, digest, source.name, Record(source.shown, digest, done.etag, done.modified, done.bytes))
+
+    def _before(self, key: str) -> Kept | None:
+        """What was downloaded before."""
+        record = self.cache.record(key)
+        return self.cache.keep(record.sha256) if record else None
+
+    def _unasked(self, key: str, shown: str) -> Kept:
+        """The same from a cache that cannot be written to: there is no place for what a server might answer."""
+        kept, where = self._before(key), f"the download cache {self.cache.folder} cannot be written to"
+        if kept is None:
+            raise UserError(f"{where}, and {shown} is not in it", hint="set XDG_CACHE_HOME to a folder that can be written to")
+        self.notice(f"{where}; {shown} is used as it was downloaded before")
+        return kept
 
     def _earlier(self, kept: Kept, shown: str, error: UserError) -> Kept:
         self.notice(f"{error.message}; {shown} is used as it was downloaded before")

@@ -19,6 +19,7 @@ from httpx2 import URL, Response
 
 from lorabooth.addresses import Address, Addresses, HostNotFound, is_public
 from lorabooth.errors import UserError
+from lorabooth.patience import Patience
 
 REDIRECTS_LIMIT = 5
 TIMEOUT = httpx2.Timeout(60, connect=15)
@@ -36,6 +37,13 @@ class WebError(UserError):
     def __init__(self, message: str, hint: str = "", status: int = 0, may_pass: bool = False, wait_seconds: float = 0):
         super().__init__(message, hint)
         self.status, self.may_pass, self.wait_seconds = status, may_pass, wait_seconds
+
+
+class BrokenOff(WebError):
+    """A connection that ended too early or was given up; whoever knows that what arrived is kept says so in the hint."""
+
+    def __init__(self, message: str, may_pass: bool = True):
+        super().__init__(message, hint="run the same command again", may_pass=may_pass)
 
 
 class Web:
@@ -83,11 +91,10 @@ class Web:
     def _json(self, address: str, token: str) -> Any:
         with self.get(address, {"Accept": "application/json"}, token) as response:
             data = bytearray()
-            with failures(parse(address)):
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > JSON_BYTES_LIMIT:
-                        raise WebError(f"the answer of {shown(parse(address))} is over {JSON_BYTES_LIMIT >> 20} MiB, which is the limit")
+            for chunk in body(parse(address), response):
+                data += chunk
+                if len(data) > JSON_BYTES_LIMIT:
+                    raise WebError(f"the answer of {shown(parse(address))} is over {JSON_BYTES_LIMIT >> 20} MiB, which is the limit")
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
@@ -119,18 +126,20 @@ class Web:
         fields = {"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "lorabooth"} | headers
         proxy = None if urllib.request.proxy_bypass(url.host) else urllib.request.getproxies().get(url.scheme)
         # A client for each request: none of it keeps cookies or connections that belong to another host.
-        with httpx2.Client(verify=_tls(), trust_env=False, proxy=proxy, timeout=TIMEOUT) as client:
-            with failures(url):
-                response = self._send(client, url, checked, fields)
+        with httpx2.Client(verify=_tls(), trust_env=False, proxy=proxy, timeout=TIMEOUT) as client, Patience() as patience:
+            with _failures(url, patience):
+                response = self._send(client, url, checked, fields, patience)
+            response.extensions["patience"] = patience
             try:
                 yield response
             finally:
                 response.close()
 
-    def _send(self, client: httpx2.Client, url: URL, checked: list[Address], headers: dict[str, str]) -> Response:
+    def _send(self, client: httpx2.Client, url: URL, checked: list[Address], headers: dict[str, str], patience: Patience) -> Response:
+        # The certificate is still checked against the name.
+        extensions = {"sni_hostname": url.raw_host.decode("ascii"), "trace": patience.trace}
         for address in checked:
-            # The certificate is still checked against the name.
-            request = client.build_request("GET", url.copy_with(host=str(address)), headers=headers, extensions={"sni_hostname": url.raw_host.decode("ascii")})
+            request = client.build_request("GET", url.copy_with(host=str(address)), headers=headers, extensions=extensions)
             try:
                 return client.send(request, stream=True, follow_redirects=False)
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -158,23 +167,38 @@ def shown(url: URL) -> str:
     return str(url.copy_with(query=None, fragment=None, userinfo=b""))
 
 
+def body(url: URL, response: Response) -> Iterator[bytes]:
+    """What an answer of `Web.get` brings, as it comes; a WebError where it breaks off, or hardly anything comes."""
+    patience: Patience = response.extensions["patience"]
+    with _failures(url, patience):
+        for chunk in response.iter_raw():
+            patience.arrived(len(chunk))
+            yield chunk
+
+
 @contextmanager
-def failures(url: URL) -> Iterator[None]:
+def _failures(url: URL, patience: Patience) -> Iterator[None]:
     """The one place where a broken connection becomes a sentence."""
     try:
         yield
-    except httpx2.TimeoutException:
-        raise WebError(f"{url.host} does not answer in time", hint="run the same command again: what arrived is kept", may_pass=True) from None
-    except httpx2.ConnectError as error:
-        if "CERTIFICATE" in str(error).upper():
-            raise WebError(
-                f"the certificate of {url.host} cannot be trusted", hint="check the address; an authority of your own is named by SSL_CERT_FILE"
-            ) from None
-        raise WebError(f"{url.host} cannot be reached", hint="check the address and the network connection", may_pass=True) from None
     except (httpx2.HTTPError, httpx2.StreamError) as error:
-        raise WebError(
-            f"the connection to {url.host} broke off ({type(error).__name__})", hint="run the same command again: what arrived is kept", may_pass=True
-        ) from None
+        raise _too_slow(url) if patience.over else _failure(url, error) from None
+    if patience.over:
+        raise _too_slow(url)
+
+
+def _too_slow(url: URL) -> WebError:
+    return BrokenOff(f"{shown(url)} comes too slowly", may_pass=False)
+
+
+def _failure(url: URL, error: Exception) -> WebError:
+    if isinstance(error, httpx2.TimeoutException):
+        return BrokenOff(f"{url.host} does not answer in time")
+    if not isinstance(error, httpx2.ConnectError):
+        return BrokenOff(f"the connection to {url.host} broke off ({type(error).__name__})")
+    if "CERTIFICATE" in str(error).upper():
+        return WebError(f"the certificate of {url.host} cannot be trusted", hint="check the address; an authority of your own is named by SSL_CERT_FILE")
+    return WebError(f"{url.host} cannot be reached", hint="check the address and the network connection", may_pass=True)
 
 
 def refusal(url: URL, response: Response) -> WebError:

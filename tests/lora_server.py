@@ -48,12 +48,20 @@ class Page:
     etag: bool = True
     ranges: bool = True
     """Whether Range is heeded."""
+    if_range: bool = True
+    """Whether If-Range is heeded; if not, a part is sent of whatever file there is now."""
+    piece: int = 0
+    """The most bytes that are sent of a part."""
+    pieces_told: bool = True
+    """Whether the answer says so, or ends early."""
     length: bool = True
     """Whether Content-Length is told."""
     cuts: list[int] = field(default_factory=list)
     """For each coming GET, the number of bytes of the body after which the connection is cut."""
     pause_seconds: float = 0
     """Before the last byte."""
+    drip: str = ""
+    """headers, chunk or body: a byte of that every twentieth of a second, without an end."""
     token: str = ""
     """Needed as a bearer token."""
     headers: dict[str, str] = field(default_factory=dict)
@@ -134,20 +142,24 @@ class Handler(BaseHTTPRequestHandler):
         if status == 200 and page.etag and self.headers.get("If-None-Match") == page.tag:
             status = 304
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if status == 200 and page.ranges and match and self.headers.get("If-Range") == page.tag:
-            status, start = 206, int(match.group(1))
+        if status == 200 and page.ranges and match and (self.headers.get("If-Range") in (page.tag, page.headers.get("Last-Modified")) or not page.if_range):
+            status, start = (206, int(match.group(1))) if int(match.group(1)) < len(page.body) else (416, 0)
         self.server.calls.append(Call(self.path, dict(self.headers.items()), status))
-        body = b"" if status == 304 else page.body[start:] if status in (200, 206) else b"no"
+        if page.drip:
+            return self._drip(page.drip)
+        end = start + page.piece if status == 206 and page.piece else len(page.body)
+        body = b"" if status == 304 else page.body[start:end] if status in (200, 206) else b"no"
         self.send_response(status)
         if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
+            last = start + len(body) if page.pieces_told else len(page.body)
+            self.send_header("Content-Range", f"bytes {start}-{last - 1}/{len(page.body)}")
         if page.location:
             self.send_header("Location", page.location)
         if page.etag and status in (200, 206, 304):
             self.send_header("ETag", page.tag)
         for name, value in page.headers.items():
             self.send_header(name, value)
-        if page.length:
+        if page.length and (status != 206 or page.pieces_told):
             self.send_header("Content-Length", str(len(body)))
         else:
             self.send_header("Connection", "close")
@@ -157,6 +169,13 @@ class Handler(BaseHTTPRequestHandler):
             self._write(page, body)
         except OSError:  # the client has seen enough
             self.close_connection = True
+
+    def _drip(self, what: str) -> None:
+        begin = {"headers": "X: ", "chunk": "Transfer-Encoding: chunked\r\n\r\n1;", "body": "\r\n"}[what]
+        self.wfile.write(f"HTTP/1.1 200 OK\r\n{begin}".encode())
+        while True:  # until the client hangs up
+            self.wfile.write(b" ")
+            time.sleep(0.05)
 
     def _write(self, page: Page, body: bytes) -> None:
         if page.cuts and body:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_server import LoraServer
 
-from lorabooth import web
+from lorabooth import patience, web
 from lorabooth.addresses import CARRIES_IPV4, EVERYWHERE, VARIABLE, Addresses, is_public
 from lorabooth.errors import UserError
 from lorabooth.web import REDIRECTS_LIMIT, Web, WebError
@@ -197,3 +197,10 @@ def test_the_certificate_is_checked_against_the_name_although_the_address_is_con
     encrypted.put("/down", status=302, location="http://127.0.0.1/x")
     with pytest.raises(WebError, match="redirects to an unencrypted address"):
         fetched(fetcher, f"https://lora.example:{encrypted.server_port}/down")
+
+
+def test_an_encrypted_server_that_gives_its_headers_too_slowly_is_given_up(encrypted: LoraServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience, "SLOW_SECONDS", 0.5)
+    encrypted.put("/x", drip="headers")
+    with pytest.raises(WebError, match="comes too slowly"):
+        fetched(Web(Addresses([ONE], lookup=lambda host, port: ["127.0.0.1"])), f"https://lora.example:{encrypted.server_port}/x")

@@ -101,7 +101,35 @@ def test_a_file_that_does_not_arrive_as_the_hub_has_it_is_refused_and_not_kept(s
     stored.__dict__["data"] = good[:-1] + b"x"  # the same length under the same id
     bad, again, _ = client(server, tmp_path / "home", PROGRAM, "someone/broken", "someone/broken")
     assert bad == again and "did not arrive as the hub has it: its checksum differs" in bad["message"]
-    assert server.downloads("someone/broken") == ["tok.safetensors"] * 2
+    assert server.downloads("someone/broken") == ["tok.safetensors"] * 4, "each command tries again once"
+
+
+UNCHECKED = "import sys; from huggingface_hub import hf_hub_download; hf_hub_download(sys.argv[1], sys.argv[2]); print('[]')"
+
+
+def test_what_was_downloaded_wrong_by_a_command_that_died_is_fetched_again(server: HubServer, tmp_path: Path):
+    broken = server.repositories["someone/broken"] = repository(tmp_path / "broken", "tok.safetensors")
+    stored, good = broken.files["tok.safetensors"], (tmp_path / "broken/tok.safetensors").read_bytes()
+    assert stored.id
+    stored.__dict__["data"] = good[:-1] + b"x"
+    client(server, tmp_path / "home", UNCHECKED, "someone/broken", "tok.safetensors")  # all that happens before a kill
+    stored.__dict__["data"] = good
+    found, again, _ = client(server, tmp_path / "home", PROGRAM, "someone/broken", "someone/broken")
+    assert found == again and found["sha256"] == hashlib.sha256(good).hexdigest() and len(server.downloads("someone/broken")) == 2
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_file_that_is_damaged_in_the_hubs_cache_is_never_used(server: HubServer, tmp_path: Path, cut: bool):
+    server.repositories["someone/one"] = repository(tmp_path / "one", "tok.safetensors")
+    home, good = tmp_path / "home", (tmp_path / "one/tok.safetensors").read_bytes()
+    client(server, home, PROGRAM, "someone/one")
+    (blob,) = (file for file in home.rglob("blobs/*") if file.name == hashlib.sha256(good).hexdigest())
+    blob.write_bytes(good[:100] if cut else good[:-1] + b"x")
+    offline, _ = client(server, home, PROGRAM, "someone/one", HF_HUB_OFFLINE="1")
+    assert offline["message"] == f"someone/one/tok.safetensors is damaged in the hub's cache ({blob}): its checksum differs"
+    assert "connect to the internet and run the same command again" in offline["hint"]
+    found, _ = client(server, home, PROGRAM, "someone/one")
+    assert found["sha256"] == hashlib.sha256(good).hexdigest() and blob.read_bytes() == good
 
 
 def test_a_lora_that_was_downloaded_is_used_when_the_hub_cannot_be_asked(server: HubServer, tmp_path: Path):

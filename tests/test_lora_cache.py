@@ -1,5 +1,7 @@
 """LoRAs that were downloaded before: without network, by several threads and processes, and when room is short."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lora_server import LoraServer, lora_bytes
 from lora_stores import LORA, OTHER, SECRET, cached, civitai_pages, data_of, litter, new_store, problem, statuses
 
@@ -39,6 +44,54 @@ def test_without_network_what_was_downloaded_is_used_with_a_notice(site: LoraSer
     assert "cannot be reached" in problem(store, f"{site.base}/new.safetensors").message
 
 
+# A cache that cannot be used
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """A folder on a read-only disk; for those who may not mount one, a folder of which they may not change anything."""
+    if subprocess.run(["mount", "--bind", str(folder), str(folder)], capture_output=True, check=False).returncode == 0:
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    elif os.getuid():
+        folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+        for path in folders:
+            path.chmod(0o500)
+        yield
+        for path in folders:
+            path.chmod(0o700)
+    else:
+        pytest.skip("root writes to every folder, and mounting is not allowed here")
+
+
+def test_a_cache_on_a_read_only_disk_gives_what_is_in_it(site: LoraServer, tmp_path: Path, notices: list[str]):
+    civitai_pages(site)
+    url, page = site.put("/x.safetensors", OTHER), "https://civitai.com/models/12"
+    assert [data_of(new_store(site, tmp_path, notices), one) for one in (url, page)] == [OTHER, LORA]
+    with unwritable(tmp_path / "cache"):
+        calls, store = len(site.calls), new_store(site, tmp_path, notices)
+        assert [data_of(store, one) for one in (url, page)] == [OTHER, LORA] and len(site.calls) == calls
+        where = f"the download cache {tmp_path}/cache cannot be written to"
+        assert notices == [f"{where}; {url} is used as it was downloaded before", f"{where}; civitai.com/models/12 is used as it was downloaded before"]
+        for other in (site.put("/y.safetensors", LORA), "https://civitai.com/models/13"):
+            error = problem(store, other)
+            assert error.message.startswith(f"{where}, and ") and error.hint == "set XDG_CACHE_HOME to a folder that can be written to"
+    assert data_of(store, site.base + "/y.safetensors") == LORA, "once it can be written to"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_file_locks_is_a_sentence(site: LoraServer, store: LoraStore, monkeypatch: pytest.MonkeyPatch, code: int):
+    def refuse(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # what such a disk answers
+    error = problem(store, site.put("/x.safetensors", LORA))
+    assert error.message == "the disk of the download cache has no file locks" and "set XDG_CACHE_HOME" in error.hint and site.calls == []
+
+
 # Several at once
 
 
@@ -63,11 +116,11 @@ if len(sys.argv) > 2: sys.stdin.read()
 """
 
 
-def process(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def process(tmp_path: Path, *arguments: str, program: str = PROGRAM) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment = kept | {"XDG_CACHE_HOME": str(tmp_path), "LORABOOTH_ALLOW_PRIVATE_ADDRESSES": "127.0.0.0/8", "CUDA_VISIBLE_DEVICES": ""}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, text=True, **pipes)
 
 
 def test_processes_that_want_the_same_file_download_it_once(site: LoraServer, tmp_path: Path):

@@ -9,9 +9,8 @@ import pytest
 from lora_server import LoraServer, lora_bytes
 from lora_stores import LORA, OTHER, SECRET, cached, data_of, litter, new_store, problem, statuses
 
-from infer import download
 from infer.loras import LoraStore, resolve
-from lorabooth import web
+from lorabooth import patience, web
 from lorabooth.addresses import EVERYWHERE, Addresses
 from lorabooth.cli import main
 from lorabooth.errors import UserError
@@ -132,8 +131,8 @@ def test_a_server_that_falls_silent_is_given_up_and_gone_on_with(site: LoraServe
 
 
 def test_a_server_that_gives_hardly_anything_is_given_up(site: LoraServer, store: LoraStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(download, "SLOW_SECONDS", 0.1)
-    monkeypatch.setattr(download, "SLOW_BYTES", 10**9)
+    monkeypatch.setattr(patience, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "SLOW_BYTES", 10**9)
     assert "comes too slowly" in problem(store, site.put("/x.safetensors", LORA, pause_seconds=0.3)).message
 
 
