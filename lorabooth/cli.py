@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem
 
 from lorabooth import __version__
 from lorabooth.errors import StageFailed, UserError, out_of_memory
+from lorabooth.signals import ENDING
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -74,11 +75,11 @@ EXIT_INTERRUPTED = 130
 
 
 class Terminated(BaseException):
-    """SIGTERM (kill, docker stop) or SIGHUP (a terminal that was closed) came; raised so that what is begun is tidied up."""
+    """A signal that asks the command to end came; raised so that what is begun is tidied up."""
 
 
 def _terminate(number: int, _: object) -> None:
-    for again in (signal.SIGTERM, signal.SIGHUP):  # the terminal and the shell each send one
+    for again in ENDING:  # the terminal and the shell each send one
         signal.signal(again, signal.SIG_IGN)
     raise Terminated(number)
 
@@ -146,7 +147,7 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
     _open_streams()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
         if handler is signal.SIG_DFL:
             signal.signal(number, _terminate)

@@ -48,7 +48,7 @@ def test_numbers_go_on_behind_pictures_of_any_format(tmp_path: Path):
     assert Numbers(tmp_path, "png").take().name == "out-8.png"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=["Ctrl-C", "kill", "a cluster"])
 def test_an_interrupted_command_leaves_what_is_finished_and_nothing_else(number: signal.Signals, code: int, tmp_path: Path):
     out = tmp_path / "out"
     process = subprocess.Popen(
