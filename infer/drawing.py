@@ -22,6 +22,7 @@ from infer.request import Request
 from infer.writing import Numbers, Writer, Written, numbered, write_first_free
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.notes import note, say
+from lorabooth.parts import naming, part_of
 
 FULL_SIZE_ON_SHEET = 16
 SMALL_PX = 320
@@ -39,9 +40,9 @@ class Drawing:
     finishing: Finishing = field(default_factory=Finishing)
     content_filter: ContentFilter | None = None
     live: bool = False
-
     unwritten: OSError | None = field(default=None, init=False)
     """What kept a picture or the contact sheet from being written, where others are."""
+
     def draw(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds, as plain JSON.
 
@@ -113,7 +114,7 @@ class Live:
 
     def __init__(self, engine: Engine, file: Path):
         self.file, self.glimpse = file, Glimpse(engine.family, engine.base.vae())
-        self.part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        self.part = part_of(file)
 
     def __enter__(self) -> "Live":
         return self
@@ -125,5 +126,6 @@ class Live:
     def show(self, latents: Tensor) -> None:
         """Replace what the file shows, in one go, so that no viewer meets half a picture."""
         [first, *_] = self.glimpse.pictures(latents)
-        first.resize((first.width * VAE_SCALE, first.height * VAE_SCALE), Image.Resampling.BICUBIC).save(self.part, "PNG")
-        os.replace(self.part, self.file)
+        with naming(self.file, self.part):
+            first.resize((first.width * VAE_SCALE, first.height * VAE_SCALE), Image.Resampling.BICUBIC).save(self.part, "PNG")
+            os.replace(self.part, self.file)

@@ -67,6 +67,7 @@ MACHINE_FAILURES = {
     errno.EFBIG: ("a file grew larger than the disk or ulimit -f allows", "raise that limit or use another disk, then run the command again"),
     errno.ENXIO: ("this is no file that can be read", "give a file"),
     errno.EIO: ("the disk cannot be read or written", "see whether it is whole, then run the same command again to go on"),
+    errno.ESTALE: ("the network disk no longer has this file", "see whether it is mounted and whole, then run the same command again to go on"),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096), then run the same command again to go on"),
 }
 

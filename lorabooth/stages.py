@@ -49,7 +49,8 @@ def _timed(name: str, run_dir: RunDir) -> Iterator[None]:
         yield
     finally:
         times = seconds_of(run_dir)
-        run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
+        with suppress(OSError, UserError):  # a full disk, or a run that was moved away: what the stage said of it counts
+            run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
 
 
 def seconds_of(run_dir: RunDir) -> dict[str, float]:

@@ -30,7 +30,7 @@ from lorabooth.runs import RunDir, write_durable
 from lorabooth.sizes import GB
 from train import optimizers
 from train.base import pinned
-from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
+from train.checkpoint import TrainState, drop_old, load_checkpoint, save_checkpoint, verified
 from train.compiled import compile_blocks
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
 from train.lean_blocks import lean
@@ -51,7 +51,9 @@ def run(run_dir: RunDir) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     if not finished(run_dir):
         _train(run_dir)
-    elif not run_dir.lora.exists() and any(_missing(run_dir, run_dir.config.steps)):  # an interruption came between the last checkpoint and these
+        return
+    drop_old(run_dir)  # where a kill came between the last checkpoint and this
+    if not run_dir.lora.exists() and any(_missing(run_dir, run_dir.config.steps)):  # an interruption came between the last checkpoint and these
         try:
             _train(run_dir)
         except (UserError, OSError) as error:  # the LoRA is trained all the same
