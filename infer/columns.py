@@ -40,6 +40,7 @@ def checkpoint_columns(run: RunDir, folder: Path) -> tuple[list[Column], list[st
     from lorabooth import checkpoints
 
     columns, damaged = [NO_LORA], []
+    folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in checkpoints.folders(run):
         file = folder / f"{checkpoint.name}.safetensors"
         if not checkpoints.save_as_lora(run, checkpoint, file):

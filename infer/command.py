@@ -89,12 +89,15 @@ def generate(
         pixels = max(request.width_px * request.height_px, family.native_px**2 if finishing.detail else 0)
         with prepared(out):
             engine = Engine(family, replace(settings, pixels=pixels))
-            files = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live).draw(requests)
+            drawing = Drawing(engine, choices, out, output_format, output_quality, finishing, content_filter() if filtered else None, live)
+            files = drawing.draw(requests)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; the pictures that were finished are in {out}" if out.exists() else "interrupted; no picture was finished"
         ) from None
     click.echo(json.dumps(files) if as_json else "\n".join(str(file["file"]) for file in files if not file.get("filtered")))
+    if drawing.unwritten:
+        raise drawing.unwritten
 
 
 def _notices(cut_off: Callable[[str], str], requests: Sequence[Request], prompts: Prompts, drawn_seed: bool) -> None:

@@ -22,6 +22,7 @@ from infer.request import Request
 from infer.writing import Numbers, Writer, Written, numbered, write_first_free
 from lorabooth.families.flux1 import VAE_SCALE
 from lorabooth.notes import note, say
+from lorabooth.parts import naming, part_of
 
 FULL_SIZE_ON_SHEET = 16
 SMALL_PX = 320
@@ -39,26 +40,38 @@ class Drawing:
     finishing: Finishing = field(default_factory=Finishing)
     content_filter: ContentFilter | None = None
     live: bool = False
+    unwritten: OSError | None = field(default=None, init=False)
+    """What kept a picture or the contact sheet from being written, where others are."""
 
     def draw(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Write out-0, out-1 ... (after those the folder has) and a contact sheet; the files and their seeds, as plain JSON.
 
-        A picture that the filter keeps back has its number and its seed, and no file. Ctrl-C keeps what is finished.
+        A picture that the filter keeps back has its number and its seed, and no file. Ctrl-C keeps what is finished, and so does a full disk (`unwritten`).
         """
         engine = self.engine
         engine.read([*requests, *self.finishing.later(requests, self.choices, engine.family.model == "mini")], self.choices)
         lossy = {} if self.form == "png" else {"output_quality": self.quality}
         numbers = Numbers(self.out, self.form)
         with Writer(self.quality, self.content_filter.score if self.content_filter else None) as writer, closing(self._drawn(requests)) as drawn:
-            for finished in self.finishing.finish(engine, drawn, self.choices):
-                making = picture.Making(
-                    finished.request, finished.output.seed, engine.family.model, self.choices, finished.output.computed | lossy | finished.more
-                )
-                writer.put(numbers, finished.output.image, making)
-            written = writer.results()
+            try:
+                for finished in self.finishing.finish(engine, drawn, self.choices):
+                    making = picture.Making(
+                        finished.request, finished.output.seed, engine.family.model, self.choices, finished.output.computed | lossy | finished.more
+                    )
+                    writer.put(numbers, finished.output.image, making)
+                written = writer.results()
+            except OSError as error:
+                written, self.unwritten = writer.finished(), error
+                if not written:
+                    raise
         rows = [_row(one, engine.record() | lossy) for one in written]
         shown = [one for one in written if not one.filtered]
-        return rows + ([self._sheet(requests[0], shown)] if len(shown) > 1 else [])
+        if len(shown) > 1 and not self.unwritten:
+            try:
+                rows.append(self._sheet(requests[0], shown))
+            except OSError as error:
+                self.unwritten = error
+        return rows
 
     def _sheet(self, first: Request, shown: list[Written]) -> dict[str, Any]:
         # Hundreds of full pictures on one sheet nobody can open.
@@ -101,7 +114,7 @@ class Live:
 
     def __init__(self, engine: Engine, file: Path):
         self.file, self.glimpse = file, Glimpse(engine.family, engine.base.vae())
-        self.part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        self.part = part_of(file)
 
     def __enter__(self) -> "Live":
         return self
@@ -113,5 +126,6 @@ class Live:
     def show(self, latents: Tensor) -> None:
         """Replace what the file shows, in one go, so that no viewer meets half a picture."""
         [first, *_] = self.glimpse.pictures(latents)
-        first.resize((first.width * VAE_SCALE, first.height * VAE_SCALE), Image.Resampling.BICUBIC).save(self.part, "PNG")
-        os.replace(self.part, self.file)
+        with naming(self.file, self.part):
+            first.resize((first.width * VAE_SCALE, first.height * VAE_SCALE), Image.Resampling.BICUBIC).save(self.part, "PNG")
+            os.replace(self.part, self.file)

@@ -96,6 +96,10 @@ class Writer:
         """All pictures, when the last is written."""
         return [future.result() for future in self._coming]
 
+    def finished(self) -> list[Written]:
+        """Those that could be written, where others could not."""
+        return [future.result() for future in self._coming if not future.exception()]
+
     def _write(self, file: Path | Numbers, image: Image.Image, making: picture.Making) -> Written:
         score = self.score(image) if self.score else 0.0
         if score >= THRESHOLD:

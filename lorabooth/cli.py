@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem
 
 from lorabooth import __version__
 from lorabooth.errors import StageFailed, UserError, out_of_memory
+from lorabooth.signals import ENDING
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,6 +67,7 @@ MACHINE_FAILURES = {
     errno.EFBIG: ("a file grew larger than the disk or ulimit -f allows", "raise that limit or use another disk, then run the command again"),
     errno.ENXIO: ("this is no file that can be read", "give a file"),
     errno.EIO: ("the disk cannot be read or written", "see whether it is whole, then run the same command again to go on"),
+    errno.ESTALE: ("the network disk no longer has this file", "see whether it is mounted and whole, then run the same command again to go on"),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096), then run the same command again to go on"),
 }
 
@@ -74,11 +76,11 @@ EXIT_INTERRUPTED = 130
 
 
 class Terminated(BaseException):
-    """SIGTERM (kill, docker stop) or SIGHUP (a terminal that was closed) came; raised so that what is begun is tidied up."""
+    """A signal that asks the command to end came; raised so that what is begun is tidied up."""
 
 
 def _terminate(number: int, _: object) -> None:
-    for again in (signal.SIGTERM, signal.SIGHUP):  # the terminal and the shell each send one
+    for again in ENDING:  # the terminal and the shell each send one
         signal.signal(again, signal.SIG_IGN)
     raise Terminated(number)
 
@@ -146,7 +148,7 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
     _open_streams()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
         if handler is signal.SIG_DFL:
             signal.signal(number, _terminate)

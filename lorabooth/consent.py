@@ -100,6 +100,7 @@ def _remembered() -> Consent | None:
 def _remember(way: Way) -> Consent:
     consent = Consent(STATEMENT, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), way)
     try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
         write_durable(_file(), json.dumps(asdict(consent), indent=1).encode())
     except OSError as error:  # a home that cannot be written, as in a container, must not stop a training
         note(f"the consent is recorded in the run, but cannot be remembered ({error.strerror})")

@@ -4,12 +4,12 @@ Order of a durable write: temporary file, fsync, rename, fsync of the folder. Wi
 lost with the power (seen on ext4). A reader therefore finds either the old file or the whole new one.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,12 @@ from typing import Any, BinaryIO
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.notes import note
+from lorabooth.parts import naming, part_of, sweep
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What network disks and FUSE answer that fsync files only."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What disks without flock answer: NFS without its lock service, Lustre mounted without it, some FUSE."""
 
 
 def write_durable(path: Path, data: bytes, new: bool = False) -> None:
@@ -31,6 +37,7 @@ def write_durable(path: Path, data: bytes, new: bool = False) -> None:
 
 def write_new(path: Path, data: bytes) -> None:
     """The same for a result of the user's: where it is there already, that will do; a UserError where something else is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_durable(path, data, new=True)
     except FileExistsError:
@@ -46,17 +53,23 @@ def check_same(path: Path, data: bytes) -> None:
 
 @contextmanager
 def durable_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
-    """The same for what is too large for memory: a file to write to, which gets its name when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    """The same for what is too large for memory: a file to write to, which gets its name when the block ends without an exception.
+
+    Makes the folder it lies in, but none above that: a run that was moved away meanwhile is not to be begun anew at its old place.
+    """
+    path.parent.mkdir(exist_ok=True)
+    sweep(path.parent)
+    temporary = part_of(path)
     try:
-        with temporary.open("wb") as file:
+        with naming(path, temporary), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        (_publish_new if new else publish)(temporary, path)
+        with naming(path, temporary):
+            (_publish_new if new else publish)(temporary, path)
     except BaseException:  # a full disk, Ctrl-C: leave no litter
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only says so of this, too
+            temporary.unlink()
         raise
 
 
@@ -88,7 +101,7 @@ def prepared(folder: Path) -> Iterator[None]:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with naming(folder, folder), tempfile.TemporaryFile(dir=folder):
             pass
         yield
     except BaseException:
@@ -99,10 +112,13 @@ def prepared(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that the names in it are on the disk."""
+    """fsync a folder, so that the names in it are on the disk; a disk that cannot do that has what it can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -150,8 +166,14 @@ class RunDir:
             return run
         if path.exists() and (not path.is_dir() or any(file.suffix != ".part" for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a lorabooth run", hint="choose another folder with --out FOLDER")
+        path.mkdir(parents=True, exist_ok=True)
         run._write_config(config)
         return run
+
+    @property
+    def there(self) -> bool:
+        """Whether the run is where it was begun, neither moved nor deleted."""
+        return (self.path / "config.json").exists()
 
     @property
     def begun(self) -> bool:
@@ -178,6 +200,8 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """A durable JSON file in the run folder."""
+        if not self.path.is_dir():
+            raise self._gone()
         write_durable(self.path / name, json.dumps(value, indent=1).encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -193,7 +217,7 @@ class RunDir:
 
     def log(self, **values: float | int | str) -> None:
         """Append one line to metrics.jsonl. A line torn by a kill is skipped by `history`."""
-        with self.metrics.open("a+b") as file:
+        with naming(self.metrics), self.metrics.open("a+b") as file:
             # A line torn by a kill must not take this one with it.
             torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
             file.write((b"\n" if torn else b"") + json.dumps(values).encode() + b"\n")
@@ -211,15 +235,34 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. The kernel frees the lock at death, whatever killed the process."""
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another lorabooth process is working on {self.path}", hint="wait for it, or stop it, then run the same command again"
-                ) from None
-            yield
+        """Hold the run for this process. The kernel frees the lock at death, whatever killed the process.
+
+        What fails because the folder was moved or deleted meanwhile becomes a UserError that says so.
+        """
+        try:
+            with (self.path / ".lock").open("w") as file:
+                self._lock(file.fileno())
+                yield
+        except (FileNotFoundError, UserError) as error:
+            if self.there:
+                raise
+            raise self._gone() from error
+
+    def _gone(self) -> UserError:
+        return UserError(f"the run folder {self.path} is gone: it was moved or deleted", hint="if it was moved, go on with --out and its new place")
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another lorabooth process is working on {self.path}", hint="wait for it, or stop it, then run the same command again") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise UserError(
+                f"the disk of {self.path} cannot lock files ({error.strerror}), so that two commands could spoil one run",
+                hint="choose another place with --out FOLDER, or have that disk mounted with locks (flock)",
+            ) from None
 
 
 def _changes(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -21,6 +21,7 @@ from lorabooth.errors import StageFailed, UserError
 from lorabooth.imports import heavy_imports
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
+from lorabooth.signals import ENDING, passed_on
 
 STAGES = {
     "caption": ("captioning.caption", "run", ("captioning",)),
@@ -48,7 +49,8 @@ def _timed(name: str, run_dir: RunDir) -> Iterator[None]:
         yield
     finally:
         times = seconds_of(run_dir)
-        run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
+        with suppress(OSError, UserError):  # a full disk, or a run that was moved away: what the stage said of it counts
+            run_dir.write_json("timings.json", times | {name: round(times.get(name, 0) + time.monotonic() - start, 1)})
 
 
 def seconds_of(run_dir: RunDir) -> dict[str, float]:
@@ -91,9 +93,9 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
 
     def pass_on(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        process.send_signal(number)
+        process.send_signal(passed_on(number))
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup's
             signal.signal(number, pass_on)
@@ -108,7 +110,7 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
             signal.signal(number, handler)
     # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
     # A launcher of several processes has exit codes of its own for it.
-    if code in (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP) or (code and asked):
+    if code in (130, -signal.SIGINT, *(-number for number in ENDING)) or (code and asked):
         raise KeyboardInterrupt
     if code:
         raise StageFailed(name, code)

@@ -167,7 +167,13 @@ def test_developers_can_ask_for_the_traceback(failing, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(errno.ENOSPC, "the disk is full: /somewhere/file"), (errno.EDQUOT, "quota"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")],
+    [
+        (errno.ENOSPC, "the disk is full: /somewhere/file"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission denied"),
+        (errno.EROFS, "read-only"),
+        (errno.ESTALE, "the network disk no longer has this file: /somewhere/file"),
+    ],
 )
 def test_failures_of_the_machine_are_explained(failing, capsys, code, words):
     failing(OSError(code, os.strerror(code), "/somewhere/file"))
@@ -248,7 +254,7 @@ def test_a_file_that_may_not_grow_is_one_sentence(capsys):
 
     with tempfile.TemporaryDirectory() as folder:
         assert cli.guarded(work, [f"{folder}/large"]) == 2 and not os.listdir(folder)
-    assert capsys.readouterr().err.startswith("lorabooth: a file grew larger than the disk or ulimit -f allows\n  raise that limit")
+    assert capsys.readouterr().err.startswith(f"lorabooth: a file grew larger than the disk or ulimit -f allows: {folder}/large\n  raise that limit")
 
 
 def test_other_entry_points_are_guarded_too(capsys):

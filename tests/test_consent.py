@@ -117,6 +117,7 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_training(tmp_path: Path, 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file") if home == "file" else "not/absolute")
     run = RunDir(tmp_path / "run")
+    run.path.mkdir()
     consent.record(run, consent.obtain(config_of(), run, option=True))
     assert "cannot be remembered" in capsys.readouterr().err
     assert consent.recorded(run) is not None and consent.obtain(config_of(), run, option=False) is None

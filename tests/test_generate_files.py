@@ -1,8 +1,10 @@
 """What `generate` reads and where it writes: nothing is overwritten, nothing half done is left, and what is no file is not read for ever."""
 
+import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -48,7 +50,7 @@ def test_numbers_go_on_behind_pictures_of_any_format(tmp_path: Path):
     assert Numbers(tmp_path, "png").take().name == "out-8.png"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=["Ctrl-C", "kill", "a cluster"])
 def test_an_interrupted_command_leaves_what_is_finished_and_nothing_else(number: signal.Signals, code: int, tmp_path: Path):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -93,6 +95,34 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_drawn(out: st
     (tmp_path / "loop").symlink_to("loop")
     assert main(["generate", PROMPT, *FAST, "--out", str(tmp_path / out)]) == 2
     assert words in one_problem(capsys)
+
+
+def test_a_contact_sheet_that_has_no_room_costs_no_name_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        assert main(["generate", "a person", *FAST, "-n", "3", "--out", str(tmp_path)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    answer = capsys.readouterr()
+    assert answer.out.split() == [str(tmp_path / f"out-{i}.webp") for i in range(3)]
+    assert f"allows: {tmp_path / 'contact-sheet.png'}" in answer.err and "Traceback" not in answer.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out-0.webp", "out-1.webp", "out-2.webp"]
+
+
+def test_a_picture_that_has_no_room_costs_no_name_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    write = Numbers.write
+
+    def fill(numbers: Numbers, data: bytes) -> Path:
+        if (tmp_path / "out-0.webp").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(numbers.take()))
+        return write(numbers, data)
+
+    monkeypatch.setattr(Numbers, "write", fill)
+    assert main(["generate", "a person", *FAST, "-n", "3", "--out", str(tmp_path)]) == 2
+    answer = capsys.readouterr()
+    assert answer.out == f"{tmp_path / 'out-0.webp'}\n" and f"the disk is full: {tmp_path / 'out-1.webp'}\n" in answer.err
+    assert [file.name for file in tmp_path.iterdir()] == ["out-0.webp"]
 
 
 # Read

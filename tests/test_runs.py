@@ -31,7 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_durable_write_is_whole_and_replaces_what_was_there(tmp_path: Path):
-    file = tmp_path / "new" / "folder" / "a.bin"
+    file = tmp_path / "new" / "a.bin"
     write_durable(file, b"old")
     write_durable(file, b"n" * 100_000)
     assert file.read_bytes() == b"n" * 100_000

@@ -61,7 +61,7 @@ def test_a_model_in_a_local_folder_trains_and_the_printed_command_makes_a_pictur
     assert "was trained on a local folder named 'tiny flux'" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_the_command_saves_and_leaves_no_stage_behind(number: signal.Signals, model: Path, demo_photos: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     train = [

@@ -1,6 +1,7 @@
 """Trackers: the real ones write what a run logs, and none can lose a training."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,25 @@ def test_tensorboard_gets_losses_validation_and_previews(tiny_run: Path, tmp_pat
     assert [step for step, tag, _ in seen if tag == "loss"] == [1, 2, 3, 4]
     assert [step for step, tag, _ in seen if tag == "validation_loss"] == [0, 2, 4]
     assert [(step, kind) for step, tag, kind in seen if tag.startswith("preview")] == [(0, "images"), (2, "images"), (4, "images")]
+
+
+@pytest.mark.parametrize("broken", ["gone", "full"])
+def test_a_chart_that_cannot_be_written_is_one_note_and_costs_no_training(broken: str, tiny_run: Path, tmp_path: Path, monkeypatch, capfd):
+    run, step = untrained(tiny_run, tmp_path / "run", validation_photos=1, validation_every=2), fit.train_step
+
+    def step_and_break(trainer: fit.Trainer) -> object:
+        if trainer.state.step == 1:
+            [file] = (run.path / "tensorboard").rglob("events.*")
+            file.unlink() if broken == "full" else shutil.rmtree(run.path / "tensorboard")
+            if broken == "full":
+                file.symlink_to("/dev/full")
+        return step(trainer)
+
+    monkeypatch.setattr(fit, "train_step", step_and_break)
+    fit.run(run)
+    said = capfd.readouterr().err
+    assert said.count("note: tensorboard gets nothing more of this run") == 1 and "Traceback" not in said
+    assert [row["step"] for row in run.history() if "loss" in row and row.get("event") != "validation"] == [1, 2, 3, 4] and fit.finished(run)
 
 
 def test_no_tracker_leaves_no_trace(tiny_run: Path, tmp_path: Path):

@@ -277,7 +277,8 @@ def test_a_training_killed_and_resumed_gives_the_same_bytes_as_one_that_was_not(
     assert not [file for file in broken.path.rglob("*") if ".part" in file.name], "the killed process's half checkpoint is still there"
 
 
-def test_a_ctrl_c_during_a_preview_saves_the_steps_before_it(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_during_a_preview_saves_the_steps_before_it(number: signal.Signals, run: RunDir, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(run.checkpoints)
     trainer = trainer_of(run)
     trainer.config = run.config.model_copy(update={"checkpoint_every": 100, "preview_every": 1})
@@ -286,7 +287,7 @@ def test_a_ctrl_c_during_a_preview_saves_the_steps_before_it(run: RunDir, monkey
     def preview_and_signal(trainer: fit.Trainer) -> None:
         preview(trainer)
         if trainer.state.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(fit, "preview", preview_and_signal)
     with pytest.raises(KeyboardInterrupt):

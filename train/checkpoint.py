@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorabooth.checkpoints import check_shapes, folders, verified
 from lorabooth.errors import UserError
+from lorabooth.parts import naming
 from lorabooth.runs import RunDir, publish, sha256_file, sync_folder, write_durable
 
 KEPT = 2
@@ -48,24 +49,32 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
     for litter in (folder, *run.checkpoints.glob(".part-*")):  # a damaged checkpoint of this step, and what kills left
         shutil.rmtree(litter, ignore_errors=True)
     part = run.checkpoints / f".part-{os.getpid()}"
-    part.mkdir(parents=True)
+    run.checkpoints.mkdir(exist_ok=True)
+    part.mkdir()
     try:
-        moments: dict[str, Tensor] = {}
-        optimizer = _without_tensors(state.optimizer.state_dict(), "", moments)
-        files = {"lora.safetensors": _numbered(state.parameters), "ema.safetensors": _numbered(state.ema), "optimizer.safetensors": moments}
-        for name, tensors in files.items():
-            # Cloned: bitsandbytes' states share one table, and a safetensors file holds no shared tensors.
-            write_durable(part / name, save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}))
-        hashes = {file.name: sha256_file(file) for file in part.iterdir()}
-        record = {"step": state.step, "optimizer_name": state.optimizer_name, "optimizer": optimizer, "precision": state.precision, "sha256": hashes}
-        write_durable(part / "state.json", json.dumps(record).encode())
-        sync_folder(part)
-        publish(part, folder)
+        with naming(folder, part):
+            moments: dict[str, Tensor] = {}
+            optimizer = _without_tensors(state.optimizer.state_dict(), "", moments)
+            files = {"lora.safetensors": _numbered(state.parameters), "ema.safetensors": _numbered(state.ema), "optimizer.safetensors": moments}
+            for name, tensors in files.items():
+                # Cloned: bitsandbytes' states share one table, and a safetensors file holds no shared tensors.
+                write_durable(part / name, save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}))
+            hashes = {file.name: sha256_file(file) for file in part.iterdir()}
+            record = {"step": state.step, "optimizer_name": state.optimizer_name, "optimizer": optimizer, "precision": state.precision, "sha256": hashes}
+            write_durable(part / "state.json", json.dumps(record).encode())
+            sync_folder(part)
+            publish(part, folder)
     except BaseException:  # a full disk, Ctrl-C: the older checkpoint stays, no litter beside it
         shutil.rmtree(part, ignore_errors=True)
         raise
-    later = [other for other in _folders(run) if other.name > folder.name]  # damaged, or the run would stand behind them
-    for old in (*later, *_folders(run)[len(later) + KEPT :]):
+    for later in (other for other in _folders(run) if other.name > folder.name):  # damaged, or the run would stand behind them
+        shutil.rmtree(later, ignore_errors=True)
+    drop_old(run)
+
+
+def drop_old(run: RunDir) -> None:
+    """Keep the newest checkpoints only."""
+    for old in _folders(run)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -30,7 +30,7 @@ from lorabooth.runs import RunDir, write_durable
 from lorabooth.sizes import GB
 from train import optimizers
 from train.base import pinned
-from train.checkpoint import TrainState, load_checkpoint, save_checkpoint, verified
+from train.checkpoint import TrainState, drop_old, load_checkpoint, save_checkpoint, verified
 from train.compiled import compile_blocks
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
 from train.lean_blocks import lean
@@ -40,7 +40,7 @@ from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
 from train.planning import plans_for, plans_to_go_on
 from train.preview import picture_files, preview
 from train.stopping import Agreement, stop_requests
-from train.trackers import end_trackers, start_trackers
+from train.trackers import ending_trackers, log_figures, start_trackers
 from train.trainer import Trainer, backward
 from train.validation import measure
 
@@ -51,7 +51,9 @@ def run(run_dir: RunDir) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     if not finished(run_dir):
         _train(run_dir)
-    elif not run_dir.lora.exists() and any(_missing(run_dir, run_dir.config.steps)):  # an interruption came between the last checkpoint and these
+        return
+    drop_old(run_dir)  # where a kill came between the last checkpoint and this
+    if not run_dir.lora.exists() and any(_missing(run_dir, run_dir.config.steps)):  # an interruption came between the last checkpoint and these
         try:
             _train(run_dir)
         except (UserError, OSError) as error:  # the LoRA is trained all the same
@@ -73,7 +75,7 @@ def _train(run_dir: RunDir) -> None:
             kernel, best = choose_kernel(max(config.resolutions_px), family, device), estimates[0]
             if accelerator.is_main_process:
                 print(f"plan: {plan}; about {best.bytes / GB:.1f} GB of GPU memory, {best.seconds:.2f} s a step; attention by {kernel}", file=sys.stderr)
-        try:
+        with ending_trackers(accelerator):
             while not _trained(run_dir, family, accelerator, plan):
                 lighter = next_lighter(plan, estimates)
                 if lighter is None or not config.auto_retry or accelerator.num_processes > 1:
@@ -83,8 +85,6 @@ def _train(run_dir: RunDir) -> None:
                     )
                 note(f"the GPU's memory ran out; going on from the last step with: {lighter}")
                 plan = lighter
-        finally:
-            end_trackers(accelerator)
 
 
 def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: MemoryPlan) -> bool:
@@ -316,7 +316,7 @@ def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]],
         average = value if math.isnan(average) else 0.95 * average + 0.05 * value
         if trainer.accelerator.is_main_process:
             trainer.run.log(step=step, loss=round(value, 6))
-            trainer.accelerator.log({"loss": value}, step)
+            log_figures(trainer.accelerator, step, {"loss": value})
     pending.clear()
     return average
 
@@ -326,7 +326,7 @@ def validate(trainer: Trainer) -> None:
     loss = measure(trainer)
     if trainer.accelerator.is_main_process:
         trainer.run.log(event="validation", step=trainer.state.step, loss=round(loss, 6))
-        trainer.accelerator.log({"validation_loss": loss}, trainer.state.step)
+        log_figures(trainer.accelerator, trainer.state.step, {"validation_loss": loss})
 
 
 def final_weights(run_dir: RunDir, raw: bool = False) -> list[Tensor]:

@@ -9,17 +9,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from lorabooth.signals import ENDING
+
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and the SIGHUP of a closed terminal become entries of the list, so that the step at hand is finished and saved first."""
+    """Ctrl-C and the signals that ask to end become entries of the list, so that the step at hand is finished and saved first."""
     received: list[int] = []
 
     def remember(number: int, _: FrameType | None) -> None:
         received.append(number)
 
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = (signal.SIGINT, signal.SIGTERM) if nohup else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in (signal.SIGINT, *ENDING) if not (nohup and number == signal.SIGHUP)]
     before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield received

@@ -4,14 +4,19 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
+from lorabooth.notes import note
 from lorabooth.runs import RunDir
 
 WANDB_CHECK = """
@@ -79,18 +84,50 @@ def identity(run_dir: RunDir) -> str:
     return hashlib.sha256(f"{run_dir.path.resolve()} {(run_dir.path / 'manifest.jsonl').stat().st_mtime_ns}".encode()).hexdigest()[:16]
 
 
+def log_figures(accelerator: Accelerator, step: int, figures: dict[str, float]) -> None:
+    """Send figures by name to all trackers."""
+    for tracker in list(accelerator.trackers):
+        with _given_up(accelerator, tracker):
+            tracker.log(figures, step=step)
+
+
 def log_pictures(accelerator: Accelerator, step: int, pictures: dict[str, Image.Image]) -> None:
     """Show pictures by name in the trackers that can."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for name, picture in pictures.items():
-                tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: [picture] for name, picture in pictures.items()}, step)
+    for tracker in list(accelerator.trackers):
+        with _given_up(accelerator, tracker):
+            if tracker.name == "tensorboard":
+                for name, picture in pictures.items():
+                    tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [picture] for name, picture in pictures.items()}, step)
 
 
-def end_trackers(accelerator: Accelerator) -> None:
-    """Write out what is still on its way."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers.clear()
+@contextmanager
+def ending_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Have the trackers write out at the end what is still on its way."""
+    before = threading.excepthook
+
+    def quiet(broken: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread of its own, whose error is raised here at the next call; that thread would print it, too.
+        if type(broken.thread).__name__ != "_AsyncWriterThread":
+            before(broken)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        for tracker in list(accelerator.trackers):
+            with _given_up(accelerator, tracker):
+                tracker.finish()
+        accelerator.trackers.clear()
+        threading.excepthook = before
+
+
+@contextmanager
+def _given_up(accelerator: Accelerator, tracker: GeneralTracker) -> Iterator[None]:
+    """A tracker that cannot write gets nothing more, with a note: no chart is worth a training."""
+    try:
+        yield
+    except OSError as error:
+        accelerator.trackers.remove(tracker)
+        note(f"{tracker.name} gets nothing more of this run ({error.strerror or error}); the figures are in metrics.jsonl all the same")

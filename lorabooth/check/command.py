@@ -62,6 +62,7 @@ def check(
         report = check_folder(folder, _purpose(folder, trigger_word=trigger_word, resolution=resolution, subject=subject, class_phrase=class_phrase), photo_bar)
         kept = fix.write_copy(folder, report, out) if out else 0
     if page:
+        page.parent.mkdir(parents=True, exist_ok=True)
         sheet.write_sheet(report, page, photos.resolve().name)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))

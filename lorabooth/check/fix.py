@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from lorabooth.check.examine import Report
 from lorabooth.errors import UserError
+from lorabooth.parts import naming, part_of, sweep
 from lorabooth.photos import Photo
 from lorabooth.runs import publish, write_durable
 
@@ -30,18 +31,19 @@ def write_copy(folder: Path, report: Report, out: Path) -> int:
     """
     twice = {finding.files[0] for finding in report.findings if finding.code == "near_duplicate"}
     kept = [checked for checked in report.photos if checked.photo.file not in twice]
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = part_of(out)
+    sweep(out.parent)
     try:
-        for checked in kept:
-            photo, stem = checked.photo, _stem(checked.photo)
-            write_durable(part / f"{stem}.png", (folder / "photos" / photo.file).read_bytes())
-            if photo.mask_sha256:
-                write_durable(part / f"{stem}.mask.png", (folder / "photos" / photo.mask_file).read_bytes())
-            if checked.caption is not None:
-                write_durable(part / f"{stem}.txt", checked.caption.encode())
-        publish(part, out)
+        with naming(out, part):
+            part.mkdir(parents=True)
+            for checked in kept:
+                photo, stem = checked.photo, _stem(checked.photo)
+                write_durable(part / f"{stem}.png", (folder / "photos" / photo.file).read_bytes())
+                if photo.mask_sha256:
+                    write_durable(part / f"{stem}.mask.png", (folder / "photos" / photo.mask_file).read_bytes())
+                if checked.caption is not None:
+                    write_durable(part / f"{stem}.txt", checked.caption.encode())
+            publish(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return len(kept)
