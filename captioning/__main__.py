@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from captioning.caption import run
 from lorabooth.cli import guarded
 from lorabooth.errors import UserError
 from lorabooth.notes import note
@@ -13,6 +12,8 @@ def main(arguments: list[str]) -> None:
     """Caption the photos of the run named by the only argument."""
     if len(arguments) != 1:
         raise UserError("usage: python -m captioning RUN")
+    from captioning.caption import run  # here, so that tqdm reads the settings of `guarded`
+
     for line in run(Path(arguments[0])):
         note(line)
 

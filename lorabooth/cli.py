@@ -6,7 +6,6 @@ This module knows the rooms by name only. It does no work of its own.
 
 import errno
 import importlib
-import io
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from click.shell_completion import CompletionItem
 from lorabooth import __version__
 from lorabooth.errors import StageFailed, UserError, out_of_memory
 from lorabooth.signals import ENDING
+from lorabooth.streams import open_streams, set_up_bars
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -147,7 +147,8 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
         return _fail("lorabooth runs on Linux", "on Windows use WSL 2: wsl --install, then set lorabooth up in it as on Linux; the GPU is there too")
     for name, value in SETTINGS_OF_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    _open_streams()
+    open_streams()
+    set_up_bars()
     before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
         if handler is signal.SIG_DFL:
@@ -201,19 +202,6 @@ def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> i
             "lorabooth: the GPU's memory is used up; what was saved is kept",
             "train with --resolution 512 --batch-size 1, generate smaller pictures, or stop other programs on the GPU (nvidia-smi lists them)",
         )
-
-
-def _open_streams() -> None:
-    """Standard streams that can be written to. The numbers of those that were closed before the start would go to the next files that are opened, and what is
-    said to them; and a path that is no text in the terminal's encoding must not end a command whose work is done."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
 def _run_group(arguments: list[str]) -> int | None:

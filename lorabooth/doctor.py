@@ -12,6 +12,7 @@ import click
 from packaging.requirements import Requirement
 
 from lorabooth import __version__, machine, mini
+from lorabooth.imports import NO_DOCSTRINGS, WITH_DOCSTRINGS
 
 GIB = 1024**3
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -117,7 +118,10 @@ def library_problems(facts: machine.Machine) -> list[Problem]:
             what = f"{requirement.name} {version} is installed, {requirement.specifier} is needed"
             problems.append(Problem(what, _pip_install(str(requirement)), essential=True))
     if facts.torch.version and facts.torch.error:
-        problems.append(Problem(f"torch cannot be imported: {facts.torch.error}", _pip_install("--force-reinstall", "torch"), essential=True))
+        fix = "unset TORCH_LOGS" if "log settings" in facts.torch.error else _pip_install("--force-reinstall", "torch")
+        problems.append(Problem(f"torch cannot be imported: {facts.torch.error}", fix, essential=True))
+    if sys.flags.optimize >= 2:
+        problems.append(Problem(NO_DOCSTRINGS, WITH_DOCSTRINGS, essential=True))
     return problems
 
 

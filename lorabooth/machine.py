@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -180,8 +181,8 @@ def torch_build() -> Torch:
     version = installed_version("torch")
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing or of another build
-        return Torch(version=version, error=f"{type(error).__name__}: {error}")
+    except (ImportError, OSError, ValueError) as error:  # OSError: one of its shared libraries is missing or of another build; ValueError: TORCH_LOGS
+        return Torch(version=version, error=f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}")
     with warnings.catch_warnings(record=True) as caught:  # torch tells an old driver by a warning
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()

@@ -2,13 +2,13 @@
 
 import sys
 
-from tqdm import tqdm
-
 from lorabooth.errors import one_line
 
 
 def say(line: str) -> None:
     """Print a line, or several."""
+    from tqdm import tqdm  # here, so that it reads the settings that lorabooth.cli makes
+
     tqdm.write(line, file=sys.stderr)
 
 

@@ -84,8 +84,10 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
     starter = shlex.split(launch) or [sys.executable]
     # torchrun and accelerate kill what has not ended half a minute after a SIGTERM; a step and a checkpoint may take longer.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
-    try:  # what a stage prints is for who runs it by hand; here it would stand in the answer of --json
-        process = subprocess.Popen([*starter, "-m", words[0], *words[1:], str(run_dir.path)], env=environment, stdout=2)
+    # What a stage prints is for who runs it by hand; here it would stand in the answer of --json. Export's path is known, and a closed pipe must not end it.
+    stdout = subprocess.DEVNULL if name == "export" else 2
+    try:
+        process = subprocess.Popen([*starter, "-m", words[0], *words[1:], str(run_dir.path)], env=environment, stdout=stdout)
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
     # Unlike Ctrl-C, what kill and docker stop send reaches this process only; without passing it on the stage would be an orphan.

@@ -302,6 +302,20 @@ def test_threads_sleep_where_they_would_spin_unless_the_user_says_otherwise():
         assert done.stdout.strip() == seen
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("TORCH_LOGS", "garbage", "torch cannot be imported with TORCH_LOGS=garbage"), ("PYTHONOPTIMIZE", "2", "Python runs without docstrings")],
+)
+@pytest.mark.parametrize(
+    "command", [["plan"], ["generate", "a person", "--model", "mini"], ["train", "PHOTOS", "--trigger", "TOK", "--model", "mini"]], ids=" ".join
+)
+def test_a_variable_with_which_no_model_can_be_loaded_is_named_at_once(command: list[str], name: str, value: str, said: str, demo_photos: Path, tmp_path: Path):
+    arguments = [str(demo_photos) if word == "PHOTOS" else word for word in command] + ([] if command == ["plan"] else ["--out", str(tmp_path / "out")])
+    done = run(*arguments, **{name: value})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"lorabooth: {said}") and len(done.stderr.splitlines()) == 2, done.stderr
+    assert not (tmp_path / "out").exists() and run("--help", **{name: value}).returncode == 0
+
+
 def test_windows_is_sent_to_wsl_in_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "platform", "win32")
     assert cli.main(["doctor"]) == 2

@@ -80,6 +80,19 @@ def test_torch_that_cannot_be_imported_is_essential():
     assert problem.essential and "libcudart" in problem.what and problem.fix.endswith("--force-reinstall torch")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what", "fix"),
+    [
+        ("TORCH_LOGS", "garbage", "torch cannot be imported: ValueError: Invalid log settings: garbage", "unset TORCH_LOGS"),
+        ("PYTHONOPTIMIZE", "2", "Python runs without docstrings", "unset PYTHONOPTIMIZE"),
+    ],
+)
+def test_a_variable_with_which_no_model_can_be_loaded_is_essential(tmp_path: Path, name: str, value: str, what: str, fix: str):
+    done = run_doctor(tmp_path, "--json", **{name: value})
+    [problem] = [problem for problem in json.loads(done.stdout)["problems"] if problem["essential"]]
+    assert done.returncode == 1 and problem["what"].startswith(what) and problem["fix"].startswith(fix) and done.stderr == ""
+
+
 def test_a_gpu_that_torch_cannot_use_is_explained(monkeypatch: pytest.MonkeyPatch):
     driver = machine.Driver("535.10", ("NVIDIA RTX A6000",))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

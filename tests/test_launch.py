@@ -57,6 +57,23 @@ def test_a_launcher_that_is_not_there_is_named(tiny_command: list[str], tmp_path
     assert "a quote in it is not closed" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_a_container_left_behind_is_not_heeded_by_a_training_of_one_process(tiny_command: list[str], tmp_path: Path):
+    left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    command = [sys.executable, "-m", "lorabooth", *tiny_command, "--preview-every", "0", "--out", str(tmp_path / "run")]
+    said = subprocess.run(command, env=os.environ | left, capture_output=True, text=True, check=True, timeout=120).stderr
+    assert "note: RANK, LOCAL_RANK, WORLD_SIZE in the environment: not heeded" in said and (tmp_path / "run" / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("left", [{"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}], ids=str)
+def test_one_of_several_processes_with_no_place_to_meet_is_told_so(tiny_run: Path, left: dict[str, str]):
+    stage = [sys.executable, "-m", "train", "fit", str(tiny_run)]
+    done = subprocess.run(stage, env=os.environ | left, capture_output=True, text=True, check=False, timeout=120)
+    names = list(left)
+    assert done.returncode == 2 and done.stderr == (
+        f"lorabooth: {', '.join(names)} in the environment, as of one of several processes, but no MASTER_ADDR\n  unset {' '.join(names)}\n"
+    )
+
+
 @pytest.mark.parametrize(("name", "machines", "kind"), [("ddp", 1, "MULTI_GPU"), ("fsdp2", 1, "FSDP"), ("two_nodes", 2, "MULTI_GPU")])
 def test_accelerate_reads_the_shipped_configs(name: str, machines: int, kind: str):
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))

@@ -122,6 +122,18 @@ def test_a_run_does_not_go_on_with_another_base(model: Path, trained: tuple[RunD
             shutil.move(kept, model / component)
 
 
+def test_a_standard_error_without_a_reader_ends_no_stage(trained: tuple[RunDir, list[str], str], tmp_path: Path):
+    run, train, _ = trained
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "lora.safetensors").unlink()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lorabooth", *train[:-1], str(tmp_path / "run")]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=writing, check=False, timeout=300)
+    os.close(writing)
+    assert done.returncode == 0 and (tmp_path / "run" / "lora.safetensors").exists()
+
+
 def test_memory_that_is_used_up_on_the_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     import torch
 

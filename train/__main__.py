@@ -8,6 +8,7 @@ from lorabooth.cli import guarded
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.runs import RunDir
+from train.ranks import check_meeting
 
 
 def main(arguments: list[str]) -> None:
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m train encode|fit|export RUN, or python -m train export RUN --raw for the weights without averaging")
     stage, folder = words
     run_dir = RunDir.open(Path(folder))
+    if stage == "fit":
+        check_meeting()
     run = stages.load(f"train.{stage}", "run")
     if stage == "export":
         print(run(run_dir, raw))

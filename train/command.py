@@ -25,6 +25,7 @@ from lorabooth.notes import note
 from lorabooth.photos import Manifest, ingest
 from lorabooth.push_command import token_option
 from lorabooth.runs import RunDir, sha256_file
+from train.ranks import alone
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRIOR_RATE = 0.2
@@ -157,6 +158,8 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     if not RunDir(folder).begun:
         stages.load("train.export", "check_model")(config)
     agreed = consent.obtain(config, RunDir(folder), consented)
+    if not launch:
+        alone()
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
         consent.record(run_dir, agreed)

@@ -268,7 +268,7 @@ def _loop(trainer: Trainer) -> None:
             stopping = agreement.reached(bool(stopped))
             if last or saving or stopping or state.step % LOG_EVERY == 0:
                 average = _flush(trainer, pending, average)
-                bar.set_postfix({"loss": f"{average:.3f}"} | _memory())
+                bar.set_postfix({"loss": f"{average:.3f}"} | _memory(), refresh=False)  # a log file is not redrawn for it
                 if main and (stopping or last or saving):
                     save_checkpoint(trainer.run, state)
                 if stopping:
