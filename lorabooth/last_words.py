@@ -35,6 +35,11 @@ def asked_for() -> bool:
     return VARIABLE in os.environ
 
 
+def left() -> bool:
+    """Whether there are last words for that command; a full disk takes none."""
+    return asked_for() and Path(os.environ[VARIABLE]).exists()
+
+
 def leave(message: str, hint: str, code: int) -> bool:
     """Leave the last words of this process, unless another's are there, where the command that started it asks for them; else False."""
     place = Path(os.environ.get(VARIABLE, ""))

@@ -12,11 +12,11 @@ from lorabooth.notes import say
 from lorabooth.runs import RunDir
 
 
-def main(arguments: list[str]) -> int:
-    """Run the stage named by the first argument on the run named by the second; the exit code."""
+def main(arguments: list[str]) -> int | None:
+    """Run the stage named by the first argument on the run named by the second; an exit code where it did not end well and has said why."""
     if arguments == ["check"]:
         stages.load("train.export", "check_plan")(TrainConfig.model_validate_json(sys.stdin.read()))
-        return 0
+        return None
     raw = arguments[:1] == ["export"] and "--raw" in arguments
     words = [word for word in arguments if not (raw and word == "--raw")]
     if len(words) != 2 or words[0] not in ("encode", "fit", "export"):
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     run = stages.load(f"train.{stage}", "run")
     if stage == "export":
         print(run(run_dir, raw))
-        return 0
+        return None
     try:
         run(run_dir)
     except RuntimeError as error:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         said = str(error).strip().splitlines()[0]
         say(f"lorabooth: another process of this training has ended, or cannot be reached; the last checkpoint is kept ({one_line(said)})")
         return 1
-    return 0
+    return None
 
 
 def process(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def process(arguments: list[str]) -> int:
             last_words.leave("", "", 1)
     # Where no other process has to be ended, the launcher need not know: it would only print a traceback of its own.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return 0 if alone and last_words.asked_for() and code in (EXIT_USER_ERROR, EXIT_INTERRUPTED) else code
+    return 0 if alone and code in (EXIT_USER_ERROR, EXIT_INTERRUPTED) and last_words.left() else code
 
 
 if __name__ == "__main__":
