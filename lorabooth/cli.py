@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import click
 from click.shell_completion import CompletionItem
 
-from lorabooth import __version__
+from lorabooth import __version__, last_words
 from lorabooth.errors import StageFailed, UserError, out_of_memory
 from lorabooth.signals import ENDING
 from lorabooth.streams import open_streams, set_up_bars
@@ -211,9 +211,12 @@ def _run_group(arguments: list[str]) -> int | None:
 
 
 def _fail(message: str, hint: str = "", code: int = EXIT_USER_ERROR) -> int:
-    """Say what happened on standard error and return the exit code; LORABOOTH_TRACEBACK=1 adds where."""
+    """Say what happened on standard error and return the exit code; LORABOOTH_TRACEBACK=1 adds where. A process that a launcher started leaves it for the
+    command behind that."""
     if os.environ.get("LORABOOTH_TRACEBACK") == "1":
         traceback.print_exc()
+    if last_words.leave(message, hint, code):
+        return code
     click.echo(message, err=True)
     if hint:
         click.echo(f"  {hint}", err=True)

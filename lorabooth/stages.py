@@ -17,8 +17,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from lorabooth import last_words
 from lorabooth.errors import StageFailed, UserError
 from lorabooth.imports import heavy_imports
+from lorabooth.launched import APART, Launched
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 from lorabooth.signals import ENDING, passed_on
@@ -81,28 +83,37 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
         else:
             stage(run_dir)
         return
-    starter = shlex.split(launch) or [sys.executable]
+    starter, work = shlex.split(launch) or [sys.executable], ["-m", *words, str(run_dir.path)]
     # torchrun and accelerate kill what has not ended half a minute after a SIGTERM; a step and a checkpoint may take longer.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
+    if launch:
+        last_words.forget(run_dir.path)
+        environment |= last_words.environment(run_dir.path)
     # What a stage prints is for who runs it by hand; here it would stand in the answer of --json. Export's path is known, and a closed pipe must not end it.
     stdout = subprocess.DEVNULL if name == "export" else 2
     try:
-        process = subprocess.Popen([*starter, "-m", words[0], *words[1:], str(run_dir.path)], env=environment, stdout=stdout)
+        process = subprocess.Popen([*starter, *work], env=environment, stdout=stdout, **(APART if launch else {}))
     except OSError as error:
         raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
+    launched = Launched(process, work, run_dir) if launch else None
     # Unlike Ctrl-C, what kill and docker stop send reaches this process only; without passing it on the stage would be an orphan.
     asked: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        process.send_signal(passed_on(number))
+        if launched:
+            launched.stop(number)
+        else:
+            process.send_signal(passed_on(number))
 
     before = {number: signal.getsignal(number) for number in ENDING}
+    if launched:  # its group is not the terminal's
+        before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup's
             signal.signal(number, pass_on)
     try:
-        code = process.wait()
+        code = launched.wait() if launched else process.wait()
     except KeyboardInterrupt:
         # The terminal sent Ctrl-C to the stage as well; it saves its state first.
         process.wait()
@@ -110,8 +121,9 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if launched:
+        return launched.raise_end(name, code)
     # Where Ctrl-C meets an `exec` of text (making a dataclass), `python -m` ends by the signal itself, whatever it returns.
-    # A launcher of several processes has exit codes of its own for it.
     if code in (130, -signal.SIGINT, *(-number for number in ENDING)) or (code and asked):
         raise KeyboardInterrupt
     if code:

@@ -1,7 +1,10 @@
 """Rules of the house that no linter knows."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -53,6 +56,16 @@ def test_the_large_libraries_stop_at_the_tested_minor_version():
         (declared,) = [Requirement(line) for line in DECLARED if Requirement(line).name == name]
         major, minor = (int(part) for part in NEWEST_TRIED.get(name, version).split(".")[:2])
         assert declared.specifier.contains(version) and not declared.specifier.contains(f"{major}.{minor + 1}.0")
+
+
+def test_an_installed_wheel_has_its_recipes(tmp_path: Path):
+    """What pyproject.toml tells hatch to put into the wheel, without the mini model's weights; hatch itself is where wheels are built."""
+    wheel = tomllib.loads(PYPROJECT)["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for source, target in {name: name for name in wheel["packages"]}.items() | wheel.get("force-include", {}).items():
+        shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__", "model"), dirs_exist_ok=True)
+    script = "from train.command import recipe_config; print(recipe_config(None, {'model': 'mini', 'trigger_word': 'TOK'}).train_text_encoder)"
+    made = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert made.stdout == "True\n", made.stderr
 
 
 def test_an_upload_to_the_index_is_refused():

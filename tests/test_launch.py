@@ -91,7 +91,7 @@ def stubs(tmp_path: Path) -> Path:
         "accelerate": record,
         "scontrol": "#!/usr/bin/env bash\nprintf 'first\\nsecond\\n'\n",
         "srun": '#!/usr/bin/env bash\nshift\nSLURM_NODEID=1 exec "$@"\n',
-        "nvidia-smi": "#!/usr/bin/env bash\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\n'\n",
+        "python": "#!/usr/bin/env bash\necho 3\n",
     }
     for name, text in commands.items():
         (folder / name).write_text(text)
@@ -120,9 +120,16 @@ def test_a_workstation_trains_on_all_its_gpus(stubs: Path):
     assert accelerate == ["launch", "--config_file", config, "--num_processes", "3", "-m", "train", "fit", "a run"]
 
 
+def test_a_workstation_without_a_gpu_is_told_so(stubs: Path):
+    (stubs / "python").write_text("#!/usr/bin/env bash\necho 0\n")
+    variables = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    ended = subprocess.run([ROOT / "scripts" / "launch" / "workstation.sh", "photos.zip"], env=variables, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "torch sees no GPU here" in ended.stderr and not (stubs.parent / "lorabooth.json").exists()
+
+
 def test_slurm_starts_every_node_with_its_own_number_and_ends_the_steps_not_srun(stubs: Path):
     assert "#SBATCH --signal=TERM@" in (ROOT / "scripts" / "launch" / "slurm.sbatch").read_text(), "srun would kill its tasks"
-    command, accelerate = launched("slurm.sbatch", stubs, SLURM_JOB_NODELIST="x", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="2")
+    command, accelerate = launched("slurm.sbatch", stubs, SLURM_JOB_NODELIST="x", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="2", SLURM_JOB_ID="100123")
     assert command[:4] == ["train", "my photos.zip", "--trigger", "TOK"]
     assert accelerate[-4:] == ["-m", "train", "fit", "a run"]
     options = dict(zip(accelerate[2:-4:2], accelerate[3:-4:2], strict=True))
@@ -132,5 +139,5 @@ def test_slurm_starts_every_node_with_its_own_number_and_ends_the_steps_not_srun
         "--num_processes": "8",
         "--machine_rank": "1",
         "--main_process_ip": "first",
-        "--main_process_port": "29500",
+        "--main_process_port": "10123",
     }

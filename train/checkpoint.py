@@ -4,9 +4,12 @@ A checkpoint is a folder written aside, fsynced and renamed; `state.json` in it 
 reader takes the newest folder that verifies. Randomness is not stored: it is a function of the seed and the step.
 """
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,19 @@ def save_checkpoint(run: RunDir, state: TrainState) -> None:
             f"the LoRA's weights are not finite after step {state.step}; training stopped, the last checkpoint is kept",
             hint="start a new run with a lower --learning-rate or --weight-decay",
         )
+    with _one_at_a_time(run):
+        _write(run, state)
+
+
+@contextmanager
+def _one_at_a_time(run: RunDir) -> Iterator[None]:
+    """Of several processes whose memory runs out at once each wants to save the same step; the later ones find it saved."""
+    with (run.path / ".saving").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(run: RunDir, state: TrainState) -> None:
     folder = run.checkpoints / f"step-{state.step:06d}"
     if verified(folder):
         return
@@ -76,6 +92,12 @@ def drop_old(run: RunDir) -> None:
     """Keep the newest checkpoints only."""
     for old in _folders(run)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def saved_step(run: RunDir) -> int:
+    """The step of the newest checkpoint that verifies; 0 without one."""
+    record = next(filter(None, map(verified, _folders(run))), None)
+    return int(record["step"]) if record else 0
 
 
 def saved_precision(run: RunDir) -> str | None:

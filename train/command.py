@@ -29,7 +29,8 @@ from train.ranks import alone
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRIOR_RATE = 0.2
-RECIPES = Path(__file__).parent.parent / "configs"
+RECIPES = next(folder for folder in (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs") if folder.is_dir())
+"""In an installed wheel beside this file, in a clone at its top."""
 
 
 def config_options(command: Command) -> Command:

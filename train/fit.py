@@ -4,9 +4,9 @@ import hashlib
 import math
 import random
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from traceback import clear_frames
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from lorabooth.runs import RunDir, write_durable
 from lorabooth.sizes import GB
 from train import optimizers
 from train.base import pinned
-from train.checkpoint import TrainState, drop_old, load_checkpoint, save_checkpoint, verified
+from train.checkpoint import TrainState, drop_old, load_checkpoint, save_checkpoint, saved_step, verified
 from train.compiled import compile_blocks
 from train.data import Batch, Cache, Sampler, class_items, class_photos, items, stem
 from train.lean_blocks import lean
@@ -39,6 +39,7 @@ from train.placement import place, shard, start_plan
 from train.plan import WINDOW, MemoryPlan, next_lighter, wanted
 from train.planning import plans_for, plans_to_go_on
 from train.preview import picture_files, preview
+from train.several import batch_note, check_same_end, check_same_run, check_same_start, end_all, locked
 from train.stopping import Agreement, stop_requests
 from train.trackers import ending_trackers, log_figures, start_trackers
 from train.trainer import Trainer, backward
@@ -49,7 +50,9 @@ LOG_EVERY = 10
 
 def run(run_dir: RunDir) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
-    if not finished(run_dir):
+    done = finished(run_dir)
+    check_same_end(done)
+    if not done:
         _train(run_dir)
         return
     drop_old(run_dir)  # where a kill came between the last checkpoint and this
@@ -65,8 +68,8 @@ def _train(run_dir: RunDir) -> None:
     device = compute_device()
     family = load_family(config.model)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(config.tracker_names) or None, project_dir=run_dir.path / "tensorboard")
-    # Only one process writes; the others compute. The lock is taken by the writer.
-    with run_dir.locked() if accelerator.is_main_process else nullcontext():
+    with locked(run_dir, accelerator):
+        check_same_run(run_dir, accelerator)
         estimates = plans_to_go_on(run_dir, family, device, shards_of(accelerator))
         if accelerator.num_processes > 1:  # GPUs may differ: all take the plan of the smallest
             estimates = min(gather_object([estimates]), key=lambda found: found[0].bytes)
@@ -79,8 +82,9 @@ def _train(run_dir: RunDir) -> None:
             while not _trained(run_dir, family, accelerator, plan):
                 lighter = next_lighter(plan, estimates)
                 if lighter is None or not config.auto_retry or accelerator.num_processes > 1:
+                    step = saved_step(run_dir)
                     raise UserError(
-                        f"the GPU's memory ran out with this plan: {plan}; the run is saved",
+                        f"the GPU's memory ran out with this plan: {plan}; {f'the run is saved at step {step}' if step else 'nothing was trained yet'}",
                         hint=f"go on with these settings: {lighter}" if lighter else "start a new run with a lower --resolution or --batch-size",
                     )
                 note(f"the GPU's memory ran out; going on from the last step with: {lighter}")
@@ -93,11 +97,14 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
     try:
         trainer = start(run_dir, run_dir.config, family, accelerator, plan)
         load_checkpoint(run_dir, trainer.state)
+        check_same_start(trainer.state, accelerator)
         trainer.show_weights()
         if accelerator.is_main_process:
+            for line in batch_note(run_dir, trainer.state.step, accelerator.num_processes):
+                note(line)
             device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
             made_by = {"device": device, "torch": torch.__version__, "lorabooth": __version__}
-            run_dir.log(event="plan", step=trainer.state.step, plan=str(plan), **made_by)
+            run_dir.log(event="plan", step=trainer.state.step, plan=str(plan), processes=accelerator.num_processes, **made_by)
             start_trackers(accelerator, run_dir, trainer.state.step)
         if wanted(run_dir.config.compile_blocks, plan, accelerator.device, run_dir.config.steps - trainer.state.step):
             compile_blocks(trainer)
@@ -107,7 +114,7 @@ def _trained(run_dir: RunDir, family: Flux1, accelerator: Accelerator, plan: Mem
         if not out_of_memory(error):
             raise
         clear_frames(error.__traceback__)  # they hold the step's activations, and to save takes a little room
-        if trainer and trainer.state.step and accelerator.is_main_process:
+        if trainer and trainer.state.step:  # whichever process it is: after a whole step the weights are the same in all
             save_checkpoint(run_dir, trainer.state)
         return False
     finally:
@@ -272,7 +279,7 @@ def _loop(trainer: Trainer) -> None:
                 if main and (stopping or last or saving):
                     save_checkpoint(trainer.run, state)
                 if stopping:
-                    raise KeyboardInterrupt
+                    _interrupt(trainer)
             held_out, pictures = _due(config, state.step)
             if looking and held_out:
                 validate(trainer)
@@ -280,7 +287,11 @@ def _loop(trainer: Trainer) -> None:
                 preview(trainer)
                 if alone and stopped:  # the signal came during the preview
                     save_checkpoint(trainer.run, state)
-                    raise KeyboardInterrupt
+                    _interrupt(trainer)
+
+
+def _interrupt(trainer: Trainer) -> NoReturn:
+    end_all(trainer.accelerator, KeyboardInterrupt(f"interrupted after step {trainer.state.step}, which is saved; run the same command again to go on"))
 
 
 def _due(config: TrainConfig, step: int) -> tuple[bool, bool]:
@@ -309,10 +320,11 @@ def _flush(trainer: Trainer, pending: list[tuple[int, Tensor, tuple[str, ...]]],
         if not math.isfinite(value):
             names = {stem(photo): photo.original for photo in Manifest.load(trainer.run.path).photos}
             names |= {name: photo.original for name, photo in class_photos(trainer.run).items()}
-            raise UserError(
+            error = UserError(
                 f"the loss became {value} at step {step} (photos {', '.join(names[p] for p in photos)}); training stopped, the last checkpoint is kept",
                 hint="lower --learning-rate and start a new run, or look at those photos",
             )
+            end_all(trainer.accelerator, error)
         average = value if math.isnan(average) else 0.95 * average + 0.05 * value
         if trainer.accelerator.is_main_process:
             trainer.run.log(step=step, loss=round(value, 6))
