@@ -8,7 +8,6 @@
 The kernel frees a lock at the death of the process that holds it, whatever killed it.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -22,12 +21,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorabooth.errors import UserError
-from lorabooth.runs import publish, sha256_file, sync_folder, write_durable
+from lorabooth.runs import NO_LOCKS, publish, sha256_file, sync_folder, write_durable
 
 PART_SECONDS = 7 * 24 * 3600
 """What broke off longer ago than this is not gone on with."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that have no flock."""
 
 
 @dataclass(frozen=True)
