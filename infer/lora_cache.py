@@ -137,12 +137,12 @@ class LoraCache:
         """Take a whole file in under its content, then make room."""
         descriptor = self._in_use(digest)
         try:
-            # Before the file: of a record without one the part is found again, a file without a record is not.
-            self.point(key, record)
             folder = self.files / digest
             folder.mkdir(mode=0o700, exist_ok=True)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
+            # Before the file: of a record without one the part is found again, a file without a record is not.
+            self.point(key, record)
             publish(part, folder / f"{name}.safetensors")
             sync_folder(self.files)
             os.utime(folder / f"{name}.safetensors")

@@ -4,7 +4,6 @@ Names are the hosted trainer's own where it has the input. Knows no torch.
 """
 
 import difflib
-import re
 import reprlib
 from collections import Counter
 from pathlib import Path
@@ -144,8 +143,6 @@ class TrainConfig(BaseModel):
             raise ValueError(f"must be visible text on one line, such as {example}")
         if "[trigger]" in value:
             raise ValueError(f"must be a word of your own, such as {example}: [trigger] is what stands for the trigger word in prompts and captions")
-        if field.field_name == "trigger_word" and re.search(r"[{|}\\]|__", value):
-            raise ValueError("must have none of { | } \\ __, which are wildcards in prompts")
         return " ".join(value.split())
 
     @model_validator(mode="before")

@@ -22,6 +22,7 @@ from lorabooth.signals import ENDING, passed_on
 
 # Nobody asks anything, and to read from the terminal would stop a group that is in the background.
 APART: dict[str, Any] = {"process_group": 0, "stdin": subprocess.DEVNULL}
+FROM_TERMINALS = (signal.SIGINT, signal.SIGQUIT)
 UNTRAINED_SECONDS = 10
 """How long a launcher may take to end where no step can be lost: it may wait for another machine, and sees no signal then."""
 SAVING_SECONDS = 60
@@ -38,10 +39,10 @@ class Launched:
         self._metrics_bytes = self._size()
 
     def stop(self, number: int) -> None:
-        """Ask the stage to end; kill it where Ctrl-C comes after another request."""
-        again = number == signal.SIGINT and bool(self.asked)
+        """Ask the stage to end; kill it where Ctrl-C comes after another request, or Ctrl-\\."""
+        at_once = number == signal.SIGQUIT or (number == signal.SIGINT and bool(self.asked))
         self.asked.append(number)
-        if again:
+        if at_once:
             return self._kill()
         if len(self.asked) == 1:
             with suppress(OSError):  # the terminal was closed
@@ -66,10 +67,12 @@ class Launched:
 
     def raise_end(self, name: str, code: int) -> None:
         """Raise why the stage ended, where it did not reach its end."""
+        self.run.check_there()
         if words := last_words.take(self.run.path):
             last_words.raise_them(words)
             raise StageFailed(name, code or words.code)
-        if code in (130, -signal.SIGINT, *(-number for number in ENDING)) or (code and self.asked):
+        # Before the first step there are no last words: a signal's own code, and what shells and srun make of it. torchrun makes it 1.
+        if code in (130, -signal.SIGINT, *(-number for number in ENDING), *(128 + number for number in ENDING)) or (code and self.asked):
             raise KeyboardInterrupt
         if code:
             raise UserError(
@@ -104,9 +107,9 @@ class Launched:
 
     def _wait_for_lock(self) -> None:
         end = time.monotonic() + SAVING_SECONDS
-        while time.monotonic() < end:
-            with suppress(UserError):
-                with self.run.locked():
-                    return
+        while self.run.there:
+            with suppress(UserError), self.run.locked():
+                return
+            if time.monotonic() > end:
+                return note(f"a process of the training still works on {self.run.path}")
             time.sleep(0.2)
-        note(f"a process of the training still works on {self.run.path}")

@@ -248,6 +248,11 @@ class RunDir:
                 raise
             raise self._gone() from error
 
+    def check_there(self) -> None:
+        """A UserError where it is no more, before something is written that would begin it anew at its old place."""
+        if not self.there:
+            raise self._gone()
+
     def _gone(self) -> UserError:
         return UserError(f"the run folder {self.path} is gone: it was moved or deleted", hint="if it was moved, go on with --out and its new place")
 

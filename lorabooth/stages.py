@@ -20,7 +20,7 @@ from typing import Any
 from lorabooth import last_words
 from lorabooth.errors import StageFailed, UserError
 from lorabooth.imports import heavy_imports
-from lorabooth.launched import APART, Launched
+from lorabooth.launched import APART, FROM_TERMINALS, Launched
 from lorabooth.notes import note
 from lorabooth.runs import RunDir
 from lorabooth.signals import ENDING, passed_on
@@ -89,34 +89,33 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
     if launch:
         last_words.forget(run_dir.path)
         environment |= last_words.environment(run_dir.path)
-    # What a stage prints is for who runs it by hand; here it would stand in the answer of --json. Export's path is known, and a closed pipe must not end it.
-    stdout = subprocess.DEVNULL if name == "export" else 2
-    try:
-        process = subprocess.Popen([*starter, *work], env=environment, stdout=stdout, **(APART if launch else {}))
-    except OSError as error:
-        raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
-    launched = Launched(process, work, run_dir) if launch else None
-    # Unlike Ctrl-C, what kill and docker stop send reaches this process only; without passing it on the stage would be an orphan.
+    process: subprocess.Popen[bytes] | None = None
+    launched: Launched | None = None
     asked: list[int] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def pass_on(number: int, _: FrameType | None = None) -> None:
         asked.append(number)
         if launched:
             launched.stop(number)
-        else:
+        elif process:
             process.send_signal(passed_on(number))
 
-    before = {number: signal.getsignal(number) for number in ENDING}
-    if launched:  # its group is not the terminal's
-        before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+    # Unlike Ctrl-C, what kill and docker stop send reaches this process only; without passing it on the stage would be an orphan. A launcher's group is not the
+    # terminal's, so that Ctrl-C does not reach it either. All before it is started: what comes meanwhile is passed on afterwards.
+    before = {number: signal.getsignal(number) for number in (*ENDING, *(FROM_TERMINALS if launch else ()))}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup's
             signal.signal(number, pass_on)
     try:
+        process = _start([*starter, *work], environment, name, launch)
+        launched = Launched(process, work, run_dir) if launch else None
+        for number in asked.copy():
+            pass_on(number)
         code = launched.wait() if launched else process.wait()
     except KeyboardInterrupt:
         # The terminal sent Ctrl-C to the stage as well; it saves its state first.
-        process.wait()
+        if process:
+            process.wait()
         raise
     finally:
         for number, handler in before.items():
@@ -128,6 +127,15 @@ def _run(name: str, run_dir: RunDir, launch: str) -> None:
         raise KeyboardInterrupt
     if code:
         raise StageFailed(name, code)
+
+
+def _start(command: list[str], environment: dict[str, str], name: str, launch: str) -> subprocess.Popen[bytes]:
+    # What a stage prints is for who runs it by hand; here it would stand in the answer of --json. Export's path is known, and a closed pipe must not end it.
+    stdout = subprocess.DEVNULL if name == "export" else 2
+    try:
+        return subprocess.Popen(command, env=environment, stdout=stdout, **(APART if launch else {}))
+    except OSError as error:
+        raise UserError(f"--launch {launch}: {error.strerror or error}", hint="it must be a command that is installed, such as 'accelerate launch'") from None
 
 
 def load(module: str, attribute: str) -> Callable[..., Any]:

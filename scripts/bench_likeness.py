@@ -153,6 +153,7 @@ def measure(
     file = work / f"{' '.join(told)}.json"
     with suppress(OSError, ValueError):
         return list(json.loads(file.read_text(encoding="utf-8")))
+    work.mkdir(parents=True, exist_ok=True)
     rows, engine = [], Engine("mini")
     with tempfile.TemporaryDirectory() as folder:
         for mark, seconds, lora in (train or ARMS[arm])(name, seed, marks, Path(folder), recipe):

@@ -254,6 +254,12 @@ def test_a_trigger_word_longer_than_the_encoder_sees_is_named(tmp_path: Path, re
     )
 
 
+@pytest.mark.parametrize("word", ["{a|b}", "a|b", "a}", "a\\_b", "__a__"])
+def test_a_trigger_that_a_prompt_would_read_as_a_wildcard_is_refused_for_a_new_run(word: str, demo_photos: Path, tmp_path: Path, refused: Refused):
+    said = refused(str(demo_photos), *ONE_STEP, "--trigger", word, "--out", str(tmp_path / "run"))
+    assert "which are wildcards in prompts" in said and not (tmp_path / "run").exists()
+
+
 def test_a_recipe_that_nothing_was_made_with_does_not_bind_the_run(demo_photos: Path, tmp_path: Path, refused: Refused):
     out = str(tmp_path / "run")
     assert "none is left to train on" in refused(str(demo_photos), *ONE_STEP, "--validation-photos", "3", "--out", out)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorabooth.errors import UserError
+from lorabooth.launched import SAVING_SECONDS, Launched
 from lorabooth.runs import RunDir
 from tests.test_processes import terminated, torchrun, two_processes, untrained
 from train import encode, fit
@@ -89,7 +91,7 @@ def test_a_second_ctrl_c_ends_the_wait_for_another_machine(tiny_command: list[st
     process = launched(tiny_command, run, [*torchrun(), "--nnodes", "2", "--node_rank", "0"])
     assert process.stderr is not None
     end = time.monotonic() + 120
-    while not any("torch.distributed.run" in below.cmdline() for below in psutil.Process(process.pid).children()):
+    while not any("torch.distributed.run" in _words(below) for below in psutil.Process(process.pid).children()):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -99,6 +101,16 @@ def test_a_second_ctrl_c_ends_the_wait_for_another_machine(tiny_command: list[st
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "run the same command again" in said, said
     assert not [other for other in psutil.process_iter() if str(run.path) in _words(other)], "an orphan"
+
+
+def test_a_run_that_is_gone_is_not_waited_for(tmp_path: Path):
+    ended = subprocess.Popen(["true"])
+    started = Launched(ended, ["-m", "train"], RunDir(tmp_path / "run"))
+    started.asked.append(signal.SIGTERM)
+    began = time.monotonic()
+    assert started.wait() == 0 and time.monotonic() - began < SAVING_SECONDS / 2
+    with pytest.raises(UserError, match="is gone: it was moved or deleted"):
+        started.raise_end("fit", 1)
 
 
 @pytest.mark.slow  # waits for what does not come

@@ -80,6 +80,10 @@ def test_accelerate_reads_the_shipped_configs(name: str, machines: int, kind: st
     assert config.num_machines == machines and config.mixed_precision == "no" and str(config.distributed_type).endswith(kind)
 
 
+DOCTOR = """[ "$1" != doctor ] || {{ for ((i = 0; i < {gpus}; i++)); do echo '"compute_capability": "8.9",'; done; exit; }}\n"""
+"""What `lorabooth doctor --json` says on a machine with GPUs, as far as that is asked for."""
+
+
 @pytest.fixture
 def stubs(tmp_path: Path) -> Path:
     """A folder of commands that write down how they were called; srun goes on to what it was told to start, on the second of two nodes."""
@@ -87,11 +91,10 @@ def stubs(tmp_path: Path) -> Path:
     folder.mkdir()
     record = f'#!/usr/bin/env bash\n{sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@" > "{tmp_path}/$(basename "$0").json"\n'
     commands = {
-        "lorabooth": record,
+        "lorabooth": record.replace("\n", "\n" + DOCTOR.format(gpus=3), 1),
         "accelerate": record,
         "scontrol": "#!/usr/bin/env bash\nprintf 'first\\nsecond\\n'\n",
         "srun": '#!/usr/bin/env bash\nshift\nSLURM_NODEID=1 exec "$@"\n',
-        "python": "#!/usr/bin/env bash\necho 3\n",
     }
     for name, text in commands.items():
         (folder / name).write_text(text)
@@ -121,7 +124,7 @@ def test_a_workstation_trains_on_all_its_gpus(stubs: Path):
 
 
 def test_a_workstation_without_a_gpu_is_told_so(stubs: Path):
-    (stubs / "python").write_text("#!/usr/bin/env bash\necho 0\n")
+    (stubs / "lorabooth").write_text("#!/usr/bin/env bash\n" + DOCTOR.format(gpus=0))
     variables = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"}
     ended = subprocess.run([ROOT / "scripts" / "launch" / "workstation.sh", "photos.zip"], env=variables, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "torch sees no GPU here" in ended.stderr and not (stubs.parent / "lorabooth.json").exists()

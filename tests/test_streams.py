@@ -121,7 +121,8 @@ def test_the_bar_of_a_training_in_a_log_file_is_drawn_at_its_begin_and_end(tiny_
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
     command = [sys.executable, "-m", "lorabooth", *tiny_command, "--steps", "40", "--preview-every", "0", "--out", str(tmp_path / "run")]
     said = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stderr
-    assert re.findall(r"train:.*?\| (\d+)/40", said) == ["0", "40"] and re.search(r"40/40 .*loss=\d", said), said
+    drawn = re.findall(r"train:.*?\| (\d+)/40", said)
+    assert (drawn[0], drawn[-1]) == ("0", "40") and len(drawn) < 8 and re.search(r"40/40 .*loss=\d", said), said
 
 
 def test_no_entry_point_imports_tqdm_before_its_settings_are_made():

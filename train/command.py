@@ -156,11 +156,12 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     sources = {folder: photos} | ({RunDir(folder).others: class_photos} if class_photos else {})
     for taken_into, source in sources.items():
         _check_source(source, taken_into, folder)
-    if not RunDir(folder).begun:
-        stages.load("train.export", "check_model")(config)
-    agreed = consent.obtain(config, RunDir(folder), consented)
     if not launch:
         alone()
+    if not RunDir(folder).begun:
+        _check_trigger(config.trigger_word)
+        stages.load("train.export", "check_model")(config)
+    agreed = consent.obtain(config, RunDir(folder), consented)
     run_dir = RunDir.create(folder, config)
     with run_dir.locked():
         consent.record(run_dir, agreed)
@@ -171,6 +172,12 @@ def train_run(photos: Path, config: TrainConfig, folder: Path, launch: str = "",
     for stage in stages.STAGES:
         stages.run_stage(stage, run_dir, launch)
     return run_dir
+
+
+def _check_trigger(word: str) -> None:
+    """Refuse a word that prompts would read as a choice (infer/wildcards.py)."""
+    if re.search(r"[{|}\\]|__", word):
+        raise UserError(f"the trigger word {word} has one of {{ | }} \\ __ in it, which are wildcards in prompts", hint="choose another, such as TOK")
 
 
 def _take_in(photos: Path, taken_into: RunDir, run: RunDir) -> None:

@@ -36,6 +36,7 @@ def run(run_dir: RunDir, raw: bool = False) -> Path:
     spec = LoraSpec.of(config)
     state = named(run_dir, final_weights(run_dir, raw))
     path = run_dir.path / "lora-raw.safetensors" if raw else run_dir.lora
+    run_dir.check_there()
     save_lora(path, state, spec, metadata(run_dir), file_dtype(config))
     check_loads(path, len(state))
     report.write(run_dir)

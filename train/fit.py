@@ -185,6 +185,7 @@ def attach(run_dir: RunDir, config: TrainConfig, transformer: torch.nn.Module) -
     if run_dir.lora_start.exists() or folders(run_dir):
         return spec.attach(transformer, config.seed, start_of(run_dir))
     parameters = spec.attach(transformer, config.seed)
+    run_dir.check_there()
     write_durable(run_dir.lora_start, save({name: t.float().contiguous().cpu() for name, t in tensors(transformer).items()}))
     return parameters
 

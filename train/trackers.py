@@ -128,6 +128,6 @@ def _given_up(accelerator: Accelerator, tracker: GeneralTracker) -> Iterator[Non
     """A tracker that cannot write gets nothing more, with a note: no chart is worth a training."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # each tracker has errors of its own
         accelerator.trackers.remove(tracker)
-        note(f"{tracker.name} gets nothing more of this run ({error.strerror or error}); the figures are in metrics.jsonl all the same")
+        note(f"{tracker.name} gets nothing more of this run ({getattr(error, 'strerror', None) or error}); the figures are in metrics.jsonl all the same")

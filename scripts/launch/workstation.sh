@@ -3,7 +3,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 # As torch counts them: it knows CUDA_VISIBLE_DEVICES, and takes one part of a divided GPU (MIG) at most.
-gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+gpus="$(lorabooth doctor --json | grep -c '"compute_capability"' || true)"
 if [ "$gpus" -eq 0 ]; then
     echo "workstation.sh: torch sees no GPU here; lorabooth doctor says why" >&2
     exit 2
