@@ -139,6 +139,7 @@ def test_alpha_is_folded_into_the_weights(transformer: FluxTransformer2DModel, t
 def test_metadata_can_be_read_back(transformer: FluxTransformer2DModel, tmp_path: Path):
     spec, path = LoraSpec(4, 4, "attention"), tmp_path / "runs/tok/lora.safetensors"
     randomised(transformer, spec)
+    path.parent.mkdir(parents=True)
     save_lora(path, tensors(transformer), spec, {"modelspec.trigger_phrase": "TÖK", "lorabooth.base": "mini"}, torch.bfloat16)
     file = LoraFile.read(path)
     assert (file.name, file.trigger_word, file.metadata["lorabooth.base"]) == ("tok", "TÖK", "mini")

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from lorabooth import flow
+from lorabooth import flow, machine
 from lorabooth.config import TrainConfig
 from lorabooth.errors import UserError
 from lorabooth.families import load_family
@@ -300,12 +300,12 @@ def test_processes_of_one_machine_share_its_memory(processes: str | None, share:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    monkeypatch.setattr(planning, "memory_bytes", lambda: (128e9, 100e9))
+    monkeypatch.setattr(machine, "memory_bytes", lambda: (128e9, 100e9))
     monkeypatch.setattr(planning, "choose", lambda *arguments: given.append(arguments[4]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20e9, 24e9))
     monkeypatch.setattr(planning, "measured", lambda: RTX_4090)
     planning.plans_for(TrainConfig(trigger_word="TOK", model="mini"), load_family("mini"), torch.device("cuda"))
-    assert given == [planning.HOST_SHARE * 100e9 * share]
+    assert given == [machine.HOST_SHARE * 100e9 * share]
 
 
 @pytest.mark.usefixtures("full_once")
