@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from lorabooth import __version__, last_words
 from lorabooth.errors import StageFailed, UserError, out_of_memory
 from lorabooth.signals import ENDING
-from lorabooth.streams import open_streams, set_up_bars
+from lorabooth.streams import let_go, open_streams, set_up_bars
 
 # name -> (module:attribute of a click command, its line in `lorabooth --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -156,6 +156,7 @@ def guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> in
     try:
         return _guarded(work, arguments)
     finally:
+        let_go(sys.stdout)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -187,7 +188,7 @@ def _guarded(work: Callable[[list[str]], int | None], arguments: list[str]) -> i
     except Terminated as error:
         return 128 + int(error.args[0])  # as shells have it
     except BrokenPipeError:
-        return _reader_gone()
+        return 1  # `lorabooth ... | head` closed our output, which is no failure; click's own code when it meets the closed pipe first
     except OSError as error:
         if "No usable temporary directory" in str(error):
             return _fail("lorabooth: there is no folder for temporary files that can be written to", "set TMPDIR to one")
@@ -231,9 +232,3 @@ def _fail_usage(error: click.UsageError) -> int:
     command = error.ctx.command_path if error.ctx else "lorabooth"
     sentence = " ".join(error.format_message().split())  # click lists choices on lines of their own
     return _fail(f"{command}: {sentence}", f"{command} --help lists what it takes")
-
-
-def _reader_gone() -> int:
-    """`lorabooth ... | head` closed our output: not a failure, and Python must not complain at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1  # click's own code when it meets the closed pipe first

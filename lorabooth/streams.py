@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from typing import TextIO
 
 BAR_SECONDS = "30"
 """Between redraws of a bar where nobody watches: a log file would otherwise get ten a second, all in one line."""
@@ -18,10 +19,23 @@ class _Muting(io.FileIO):
         try:
             return super().write(data) or len(data)  # None where a slow reader of a pipe that does not block has not made room
         except OSError:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.fileno())
-            os.close(nothing)
+            _mute(self.fileno())
             return len(data)
+
+
+def _mute(descriptor: int) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def let_go(stream: TextIO | None) -> None:
+    """Drop what a stream still holds and cannot write: Python would try again at its end, complain, and end with a code of its own (120)."""
+    if stream is not None:
+        try:
+            stream.flush()
+        except OSError:
+            _mute(stream.fileno())
 
 
 def open_streams() -> None:

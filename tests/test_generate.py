@@ -248,8 +248,8 @@ def test_aspect_ratios_are_scaled_to_the_model(ratio: str):
 
 
 def test_an_aspect_ratio_gives_a_picture_of_its_size(tmp_path: Path):
-    assert main(["generate", PROMPT, "--model", "mini", "--steps", "1", "--seed", "5", "--aspect-ratio", "9:16", "--format", "png", "--out", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "out-0.png") as image:
+    assert main(["generate", PROMPT, "--model", "mini", "--steps", "1", "--seed", "5", "--aspect-ratio", "9:16", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "out-0.webp") as image:
         assert image.size == size_for("9:16", 128) == (96, 160)
 
 
