@@ -41,7 +41,6 @@ SINGLE = {
 }
 OUTSIDE = {
     "img_in": "x_embedder",
-    "img_in.proj": "x_embedder",  # OneTrainer's name of it
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
@@ -89,7 +88,7 @@ class Layout:
 
     def bfl(self) -> dict[str, tuple[Rows, ...]]:
         """Black Forest Labs' own names, and what each stands for."""
-        return {name: rows for name, rows in self._foreign() if ".processor." not in name and name != "img_in.proj"}
+        return {name: rows for name, rows in self._foreign() if ".processor." not in name}
 
     @cached_property
     def _names(self) -> dict[str, tuple[Rows, ...]]:
@@ -116,7 +115,9 @@ class Layout:
         return len({name.split(".")[1] for name in self.sizes if name.startswith(f"{kind}.")})
 
     def _apart(self) -> Iterator[tuple[str, tuple[Rows, ...]]]:
-        """OneTrainer's OMI format has Black Forest Labs' names and diffusers' linears: qkv.0, qkv.1, qkv.2."""
+        """OneTrainer's OMI format has Black Forest Labs' names, but for one, and diffusers' linears: qkv.0, qkv.1, qkv.2."""
+        if "x_embedder" in self.sizes:
+            yield "img_in.proj", (self._one("x_embedder"),)
         for name, rows in self.bfl().items():
             if len(rows) > 1:
                 yield from ((f"{name}.{i}", (self._one(row.module),)) for i, row in enumerate(rows))
